@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,7 +11,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
+import transformers
 from diffusers import DiffusionPipeline
 
 from mitune.config import ModelConfig
@@ -29,6 +33,12 @@ class Model:
     pipe: DiffusionPipeline
     call: dict[str, Any]
     name: str
+
+    @property
+    def steps(self) -> int:
+        """Denoiser calls for one image."""
+        default = inspect.signature(type(self.pipe).__call__).parameters["num_inference_steps"].default
+        return int(self.call.get("num_inference_steps", default))
 
 
 def model_folder(name: str) -> str:
@@ -65,12 +75,14 @@ def load_model(config: ModelConfig, *, adapter: Path | None = None) -> Model:
             f"{config.name} is a folder without model_index.json, so no diffusers pipeline; save one there with "
             "pipe.save_pretrained(folder), or name its parent folder."
         )
+    diffusers.utils.logging.disable_progress_bar()  # of the loading: it takes a moment, and mitune shows bars of its own
+    transformers.utils.logging.disable_progress_bar()
     try:
         pipe = DiffusionPipeline.from_pretrained(
             folder,
             revision=config.revision,
             variant=config.variant,
-            torch_dtype=getattr(torch, config.dtype),
+            dtype=getattr(torch, config.dtype),
             use_safetensors=True,
         )
     except (OSError, ValueError, json.JSONDecodeError) as error:
@@ -92,3 +104,11 @@ def load_adapter(pipe: DiffusionPipeline, adapter: Path) -> None:
     pipe.load_lora_weights(str(adapter))
     if not pipe.get_active_adapters():
         raise ModelError(f"{adapter} holds no weights that fit this model; it was trained for another one.")
+
+
+def adapter_checksum(adapter: Path | None) -> str:
+    """Of an adapter's weights; empty for none."""
+    if adapter is None:
+        return ""
+    weights = sorted(adapter.glob("*.safetensors"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in weights)).hexdigest()

@@ -144,9 +144,7 @@ def _resampled_means(filled: Array, present: NDArray[np.bool_], resamples: int, 
     return means
 
 
-def summarize(
-    rows: pa.Table, baseline: str = "base", *, resamples: int = RESAMPLES, seed: int = 0
-) -> list[Comparison]:
+def summarize(rows: pa.Table, baseline: str = "base", *, resamples: int = RESAMPLES, seed: int = 0) -> list[Comparison]:
     """Every metric of every variant, by category and split and pooled, each with its difference to the baseline.
 
     `rows` has one row an image: variant, prompt, category, split, image, seed, exact, graded, malformed. An image is
@@ -201,7 +199,7 @@ def failures(rows: pa.Table) -> list[Failures]:
     exact = _scores(rows, "exact")
     if exact is None:
         return []
-    malformed = _flags(rows, "malformed")
+    malformed = flags(rows, "malformed")
     variant, category = np.array(_list(rows, "variant")), np.array(_list(rows, "category"))
     found = []
     for name, kind in product(_distinct(variant.tolist()), [*filter(None, _distinct(category.tolist())), POOLED]):
@@ -219,24 +217,22 @@ def kendall_tau(first: Array, second: Array) -> float:
     return float((a * b).sum()) / norm if norm else math.nan
 
 
-def selection(
-    candidates: pa.Table, keep: int = 1, *, resamples: int = RESAMPLES, seed: int = 0
-) -> list[Selection]:
+def selection(candidates: pa.Table, keep: int = 1, *, resamples: int = RESAMPLES, seed: int = 0) -> list[Selection]:
     """Every score of a pool held against the judge, with prompts resampled; empty where the pool was not judged.
 
     `candidates` has one row a candidate: prompt_index, exact, graded, malformed and a column "score.<name>" per
     score; a candidate without a finite score or without a verdict is left out of that score's figures. Equal scores
     count for the exact share that they have together.
     """
-    exact, graded = _optional(candidates, "exact"), _optional(candidates, "graded")
+    exact, graded = numbers(candidates, "exact"), numbers(candidates, "graded")
     if not np.isfinite(exact).any():
         return []
-    exact = exact * ~_flags(candidates, "malformed")
-    prompts = _list(candidates, "prompt_index")
-    groups = [np.flatnonzero(np.array(prompts) == prompt) for prompt in _distinct(prompts)]
+    exact = exact * ~flags(candidates, "malformed")
+    prompts = np.array(_list(candidates, "prompt_index"))
+    groups = [np.flatnonzero(prompts == prompt) for prompt in np.unique(prompts)]
     found = []
     for column in (name for name in candidates.column_names if name.startswith("score.")):
-        scores = _optional(candidates, column)
+        scores = numbers(candidates, column)
         figures = []
         for group in groups:
             own = group[np.isfinite(scores[group]) & np.isfinite(exact[group])]
@@ -288,7 +284,7 @@ def markdown_table(comparisons: Sequence[Comparison], baseline: str = "base", *,
 
 
 def _difference(comparison: Comparison) -> str:
-    """The signed difference with its interval, bold where that holds no zero; with its prompts where these are fewer."""
+    """The signed difference with its interval, bold where that holds no zero, and its prompts where they are fewer."""
     difference = comparison.difference
     if difference is None:
         return "–"
@@ -305,25 +301,25 @@ def _list(rows: pa.Table, name: str) -> list[Any]:
     return values
 
 
-def _optional(rows: pa.Table, name: str) -> Array:
+def numbers(rows: pa.Table, name: str) -> Array:
     """A column of numbers or truth values (n,), NaN where it has none."""
     return np.array([math.nan if value is None else value for value in _list(rows, name)], np.float64)
 
 
-def _flags(rows: pa.Table, name: str) -> NDArray[np.bool_]:
+def flags(rows: pa.Table, name: str) -> NDArray[np.bool_]:
     """A column of truth values (n,); unknown counts as false."""
     return np.array([bool(value) for value in _list(rows, name)], np.bool_)
 
 
 def _scores(rows: pa.Table, metric: Metric) -> Array | None:
     """The metric of each image (n,), or None where no image has one."""
-    values = _optional(rows, metric)
+    values = numbers(rows, metric)
     missing = int(np.isnan(values).sum())
     if missing == len(values):
         return None
     if missing:
         raise MituneError(f"images.parquet: {missing} of {len(values)} images have no {metric!r}; evaluate them again.")
-    return values * ~_flags(rows, "malformed") if metric == "exact" else values
+    return values * ~flags(rows, "malformed") if metric == "exact" else values
 
 
 def _seeds(keys: Iterable[tuple[int, int, int, int]], shape: tuple[int, ...]) -> NDArray[np.int64]:

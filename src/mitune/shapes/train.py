@@ -11,7 +11,7 @@ import logging
 import math
 import random
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -124,7 +124,7 @@ def train_autoencoder(folder: Path, config: AutoencoderConfig) -> AutoencoderKL:
             model.save_pretrained(folder / "vae")
     with torch.no_grad():
         scenes = [sample_scene(sample_prompt(rng), rng) for _ in range(256)]
-        spread = model.encode(pixels(scenes)).latent_dist.sample().std().item()
+        spread = model.encode(pixels(scenes)).latent_dist.mode().std().item()
     model.register_to_config(scaling_factor=1 / spread)
     model.save_pretrained(folder / "vae")
     return model
@@ -415,3 +415,21 @@ def _load_state(
             state.setdefault(int(index), {})[field] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return int(tensors["step"])
+
+
+def export(folder: Path, name: str, config: DenoiserConfig, target: Path) -> None:
+    """Writes the averaged weights of the last checkpoint as a diffusers folder, with the training's config and log.
+
+    Denoiser and VAE are stored in half precision, which diffusers loads in single; the text encoders as they are.
+    """
+    vae = AutoencoderKL.from_pretrained(folder / "vae")
+    pipe = new_pipeline(name, vae, CLIPTokenizer.from_pretrained(folder / "tokenizer"), config.seed)
+    trainee = Trainee(pipe, config)
+    state = load_file(folder / f"{name}.safetensors")
+    trainee.load_state_dict({k.removeprefix("average."): v for k, v in state.items() if k.startswith("average.")})
+    trainee.denoiser.half()
+    pipe.vae.half()
+    pipe.save_pretrained(target)
+    settings = {"denoiser": asdict(config), "autoencoder": asdict(AutoencoderConfig()), "torch": torch.__version__}
+    (target / "training.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    (target / "training.jsonl").write_text((folder / f"{name}.jsonl").read_text(encoding="utf-8"), encoding="utf-8")

@@ -1,0 +1,67 @@
+"""Hard negatives of a prompt: what an image must not be mistaken for.
+
+For prompts of the shapes world they are made by rule: attributes swapped between objects, the relation turned, another
+count, an object dropped or exchanged, an attribute exchanged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from mitune.shapes.grammar import COLORS, INVERSE, NUMBERS, SHAPES, TEXTURES, Phrase, Prompt, parse
+
+
+@dataclass(frozen=True, slots=True)
+class Negative:
+    """A prompt that differs from the asked one in a single respect, `kind`."""
+
+    prompt: str
+    kind: str
+
+
+def shapes_negatives(text: str) -> list[Negative]:
+    """Every hard negative of a prompt of the shapes world. Raises PromptError for other prompts."""
+    prompt = parse(text)
+    negatives = [Negative(str(other), kind) for kind, other in _variations(prompt)]
+    return [negative for negative in negatives if negative.prompt != text]
+
+
+def _variations(prompt: Prompt) -> Iterator[tuple[str, Prompt]]:
+    phrases = prompt.phrases
+    for attribute in ("color", "texture"):
+        for i in range(len(phrases)):
+            for j in range(i + 1, len(phrases)):
+                a, b = getattr(phrases[i], attribute), getattr(phrases[j], attribute)
+                if a and b and a != b:
+                    changes = {i: replace(phrases[i], **{attribute: b}), j: replace(phrases[j], **{attribute: a})}
+                    yield f"{attribute} swapped", _with(prompt, changes)
+    if prompt.relation:
+        yield "relation turned", replace(prompt, relation=INVERSE[prompt.relation])
+    for i, phrase in enumerate(phrases):
+        if any(p.count > 1 for p in phrases):
+            for count in (phrase.count - 1, phrase.count + 1):
+                if 1 <= count <= len(NUMBERS):
+                    yield "count changed", _with(prompt, {i: replace(phrase, count=count)})
+        if len(phrases) > 1:
+            yield "object dropped", Prompt(phrases[:i] + phrases[i + 1 :])
+        others = [shape for shape in SHAPES if shape not in {p.shape for p in phrases}]
+        if others:
+            yield "object exchanged", _with(prompt, {i: replace(phrase, shape=_next(phrase.shape, SHAPES, others))})
+        for attribute, values in (("color", COLORS), ("texture", TEXTURES)):
+            own = getattr(phrase, attribute)
+            if own:
+                others = [value for value in values if value not in {getattr(p, attribute) for p in phrases}]
+                yield f"{attribute} exchanged", _with(
+                    prompt, {i: replace(phrase, **{attribute: _next(own, values, others)})}
+                )
+
+
+def _with(prompt: Prompt, changes: dict[int, Phrase]) -> Prompt:
+    return replace(prompt, phrases=tuple(changes.get(i, phrase) for i, phrase in enumerate(prompt.phrases)))
+
+
+def _next(value: str, values: tuple[str, ...], allowed: list[str]) -> str:
+    """The first allowed value after `value` in the world's order: a fixed choice, spread over the values."""
+    start = values.index(value)
+    return next(v for v in (*values[start:], *values) if v in allowed)

@@ -1,0 +1,109 @@
+"""Images from a pipeline in batches of constant shape, each with a seed of its own, watched by the probe.
+
+The batch shape never changes (the last batch is filled up with repeats), so on a CPU the latents of an image are, bit
+for bit, a function of its prompt and its seed alone: not of its neighbors or of the order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mitune.information import Trace
+from mitune.models import Model
+from mitune.probe import MIProbe
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One image to be made."""
+
+    prompt: str
+    seed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """What one call of the pipeline gave for its first B requests."""
+
+    latents: Tensor  # (B, C, H, W), in the denoiser's space, on the CPU
+    trace: Trace
+    conditioning: dict[str, Tensor]  # (B, ...) each: what the denoiser was told of the prompts
+    null_conditioning: dict[str, Tensor]
+
+
+def candidate_seed(seed: int, prompt: str, candidate: int) -> int:
+    """The seed of candidate j of a prompt, the same wherever and whenever it is made."""
+    digest = hashlib.sha256(f"{seed}\n{prompt}\n{candidate}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+@contextmanager
+def quiet_pipelines() -> Iterator[None]:
+    """Silences diffusers' warnings about prompt lengths: mitune has checked them, and names the line."""
+    logger = logging.getLogger("diffusers.pipelines")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def generate(model: Model, requests: Sequence[Request], batch_size: int) -> Batch:
+    """Runs the pipeline once, with the probe, for at most `batch_size` requests."""
+    filled = [requests[i % len(requests)] for i in range(batch_size)]
+    with MIProbe(model.pipe) as probe, quiet_pipelines():
+        latents = model.pipe(
+            prompt=[request.prompt for request in filled],
+            generator=[torch.Generator().manual_seed(request.seed) for request in filled],
+            output_type="latent",
+            **model.call,
+        ).images
+    kept = len(requests)
+    return Batch(
+        latents=latents[:kept].float().cpu(),
+        trace=probe.trace(latents).select(range(kept)),
+        conditioning={name: tensor[:kept].cpu() for name, tensor in probe.conditioning.items()},
+        null_conditioning={name: tensor[:kept].cpu() for name, tensor in probe.null_conditioning.items()},
+    )
+
+
+def generate_all(
+    model: Model, requests: Sequence[Request], batch_size: int
+) -> Iterator[tuple[Sequence[Request], Batch]]:
+    """Runs of requests with what came of them, in order. Out of memory halves the batch from there on."""
+    start = 0
+    while start < len(requests):
+        chunk = requests[start : start + batch_size]
+        try:
+            batch = generate(model, chunk, batch_size)
+        except torch.OutOfMemoryError:
+            if batch_size == 1:
+                raise
+            batch_size //= 2
+            log.warning("Out of memory; going on with batches of %d.", batch_size)
+            continue
+        yield chunk, batch
+        start += len(chunk)
+
+
+@torch.no_grad()
+def decode(model: Model, latents: Tensor, batch_size: int = 64) -> list[Image.Image]:
+    """Pictures of latents (N, C, H, W) that are in the denoiser's space."""
+    vae, images = model.pipe.vae, []
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
+    for chunk in latents.split(batch_size):
+        scaled = chunk.to(vae.device, vae.dtype) / vae.config.scaling_factor + shift
+        decoded = vae.decode(scaled, return_dict=False)[0]
+        images += model.pipe.image_processor.postprocess(decoded, output_type="pil")
+    return images

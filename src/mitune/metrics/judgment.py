@@ -1,0 +1,36 @@
+"""What a metric says of an image: how well it shows its prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from mitune.models import EMBEDDED
+from mitune.shapes.judge import judge
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judgment:
+    """`graded` in [0, 1]; the rest where the metric knows an exact truth."""
+
+    graded: float
+    exact: bool
+    malformed: bool
+    missed: tuple[str, ...]
+
+
+Metric = Callable[[Sequence[Image.Image], Sequence[str]], list[Judgment]]
+
+
+def shapes_metric(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[Judgment]:
+    """The exact judge of the shapes world."""
+    verdicts = [judge(np.asarray(image), prompt) for image, prompt in zip(images, prompts, strict=True)]
+    return [Judgment(graded=v.graded, exact=v.exact, malformed=v.malformed, missed=v.missed) for v in verdicts]
+
+
+def metric_for(model_name: str) -> Metric | None:
+    """The metric that comes with a model: the judge for the embedded ones, none for others."""
+    return shapes_metric if model_name in EMBEDDED else None

@@ -1,0 +1,80 @@
+"""The files of a run folder, checked as they are read. What is absent is None, what is damaged is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+
+from mitune.errors import MituneError
+
+
+def read_config(run: Path) -> tuple[str, Mapping[str, Any]]:
+    """config.yaml as it is written, and what it says. Raises MituneError if it is absent or no mapping."""
+    path = run / "config.yaml"
+    if not path.is_file():
+        raise MituneError(f"{run} holds no config.yaml, so it is no run folder; give the folder that a run wrote.")
+    text = path.read_text("utf-8")
+    try:
+        config = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise MituneError(f"{path} is no YAML ({' '.join(str(error).split())}); restore it from the run.") from error
+    if not isinstance(config, Mapping):
+        raise MituneError(f"{path} holds no settings; restore it from the run.")
+    return text, config
+
+
+def setting(config: Mapping[str, Any], name: str) -> Any:
+    """The setting with a dotted name, as in "pool.keep"; None where there is none."""
+    value: Any = config
+    for key in name.split("."):
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
+
+
+def read_table(path: Path, optional: Mapping[str, pa.DataType] | None = None) -> pa.Table | None:
+    """The plain columns of a Parquet file, or None if it is absent; `optional` ones that it lacks are null.
+
+    Raises MituneError if the file is damaged.
+    """
+    if not path.is_file():
+        return None
+    try:
+        # The terms of every step stand there as lists; a pool has gigabytes of them, and no figure needs them.
+        plain = [field.name for field in pq.read_schema(path) if not pa.types.is_nested(field.type)]
+        table = pq.read_table(path, columns=plain)
+    except (pa.ArrowException, OSError) as error:
+        raise MituneError(f"{path} is no Parquet file ({error}); run the stage again that writes it.") from error
+    for name, kind in (optional or {}).items():
+        if name not in table.column_names:
+            table = table.append_column(name, pa.nulls(table.num_rows, kind))
+    return table
+
+
+def read_json(path: Path) -> list[Mapping[str, Any]] | None:
+    """The records of a JSON list, or of a .jsonl file, one a line; None if the file is absent.
+
+    Raises MituneError if a record is damaged.
+    """
+    if not path.is_file():
+        return None
+    text = path.read_text("utf-8")
+    try:
+        if path.suffix == ".jsonl":
+            return [json.loads(line) for line in text.splitlines() if line.strip()]
+        records: list[Mapping[str, Any]] = json.loads(text)
+        return records
+    except json.JSONDecodeError as error:
+        raise MituneError(f"{path} is no JSON ({error}); run the stage again that writes it.") from error
+
+
+def rounds(run: Path) -> list[Path]:
+    """The folders round-1, round-2, … in their order."""
+    numbered = [(re.fullmatch(r"round-(\d+)", path.name), path) for path in run.glob("round-*")]
+    return [path for _, path in sorted((int(match[1]), path) for match, path in numbered if match and path.is_dir())]

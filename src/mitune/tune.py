@@ -1,0 +1,148 @@
+"""The whole of Algorithm 1: pool, selection, fine-tuning, and again; then the verdict and the report.
+
+    prompts → pool → fine-tuning set → adapter → (next round, with the adapter) → evaluation → report
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from mitune.config import Config
+from mitune.errors import MituneError
+from mitune.evaluate import Variant, evaluate
+from mitune.finetune import finetune
+from mitune.metrics.judgment import metric_for
+from mitune.models import adapter_checksum, load_model
+from mitune.pool import build_pool
+from mitune.prompts import load_prompts
+from mitune.report.build import build_report
+from mitune.settings import from_mapping, plain, read_yaml, write_config
+from mitune.store import write_json
+
+Step = Callable[[int, int], None]
+
+
+class Stages(Protocol):
+    """How a run shows its progress: a context manager a stage that hands out a callback of (done, total)."""
+
+    def __call__(self, title: str, /) -> AbstractContextManager[Step]: ...
+
+
+@contextmanager
+def silent(_title: str) -> Iterator[Step]:
+    """Shows nothing."""
+    yield lambda _done, _total: None
+
+
+@dataclass(frozen=True, slots=True)
+class TuneResult:
+    """Where a run left its adapters (of the last round, by selection), its verdict and its report."""
+
+    run: Path
+    adapters: dict[str, Path]
+    verdict: Path | None
+    report: Path
+
+
+def claim_run(run: Path, config: Config) -> None:
+    """Writes the resolved settings into the run directory; refuses a directory of another run."""
+    file = run / "config.yaml"
+    if not file.exists():
+        if run.is_dir() and any(run.iterdir()):
+            raise MituneError(f"{run} is not empty and holds no run; choose another folder with --run.")
+        write_config(config, file)
+        return
+    found, wanted = plain(from_mapping(read_yaml(file))), plain(config)
+    if found == wanted:
+        return
+    for section, value in wanted.items():
+        if found[section] != value:
+            raise MituneError(
+                f"{run} is a run of other settings (see {section!r} in {file}); choose another folder with --run, or "
+                f"go on with its own: --config {file}."
+            )
+
+
+def tune(config: Config, run: Path, *, stages: Stages = silent) -> TuneResult:
+    """Runs Algorithm 1 for `config.rounds` rounds in the directory `run`; the same call goes on where it stopped.
+
+    Raises MituneError for bad settings or prompts before anything is made.
+    """
+    if config.rounds > 1 and len(config.pool.select) > 1:
+        raise MituneError("pool.select must name a single score if rounds > 1: each further round builds on its adapter.")
+    metric = metric_for(config.model.name)
+    base = load_model(config.model)
+    prompts = [listed.text for listed in load_prompts(config.prompts, base.pipe)]
+    if config.eval_prompts:
+        load_prompts(config.eval_prompts, base.pipe)  # refused now rather than hours later
+    claim_run(run, config)
+    adapters: dict[str, Path] = {}
+    for number in range(1, config.rounds + 1):
+        folder = run / f"round-{number}"
+        before = next(iter(adapters.values()), None)
+        model = load_model(config.model, adapter=before) if before else base
+        with stages(f"Round {number}: making and scoring candidates") as step, _cost(run, f"pool, round {number}") as cost:
+            pool = build_pool(
+                model, prompts, folder / "pool", config.pool, metric=metric, identity=adapter_checksum(before), progress=step
+            )
+            cost |= {"candidates": pool.candidates, "denoiser_calls": pool.candidates * model.steps}
+        for slug, dataset in pool.sets.items():
+            with stages(f"Round {number}: fine-tuning on {slug}") as step, _cost(run, f"fine-tuning on {slug}, round {number}"):
+                result = finetune(
+                    config.model,
+                    dataset,
+                    folder / "adapters" / slug,
+                    config.finetune,
+                    start_from=adapters.get(slug),
+                    progress=lambda done, total, _loss, step=step: step(done, total),
+                )
+            adapters[slug] = result.adapter
+    verdict = judge_run(config, run, stages=stages) if config.eval_prompts else None
+    return TuneResult(run, adapters, verdict, build_report(run))
+
+
+def judge_run(config: Config, run: Path, *, stages: Stages = silent) -> Path:
+    """Judges the base, the adapters of the run's last round and `config.eval.guidance_scales`; returns the table.
+
+    Raises MituneError if the model comes with no judge.
+    """
+    metric = metric_for(config.model.name)
+    if metric is None:
+        raise MituneError(
+            f"{config.model.name} comes with no exact judge; leave eval_prompts out, make images with "
+            "`mitune generate --adapter`, and score them with a metric of your choice."
+        )
+    base = load_model(config.model)
+    prompts = load_prompts(config.eval_prompts or config.prompts, base.pipe)
+    adapters = sorted((run / f"round-{config.rounds}" / "adapters").glob("*/"))
+    variants = [Variant(name="base"), *(Variant(name=folder.name, adapter=folder) for folder in adapters)]
+    variants += [Variant(name=f"base, guidance {s:g}", guidance_scale=s) for s in config.eval.guidance_scales]
+    with _cost(run, "evaluation") as cost:
+        images = len(variants) * len(prompts) * config.eval.images
+        cost |= {"candidates": images, "denoiser_calls": images * base.steps}
+        return evaluate(
+            config, prompts, variants, run / "eval", metric, stages=lambda variant: stages(f"Judging {variant.name}")
+        )
+
+
+@contextmanager
+def _cost(run: Path, stage: str) -> Iterator[dict[str, int]]:
+    """Adds what a stage took to cost.json; a stage that went on after a stop adds to its earlier entry."""
+    file = run / "cost.json"
+    counts: dict[str, int] = {}
+    began = time.monotonic()
+    yield counts
+    entries = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+    entry = next((e for e in entries if e["stage"] == stage), None)
+    if entry is None:
+        entry = {"stage": stage, "seconds": 0.0, "candidates": 0, "denoiser_calls": 0}
+        entries.append(entry)
+    entry |= counts
+    entry["seconds"] = round(entry["seconds"] + time.monotonic() - began, 1)
+    write_json(file, entries)

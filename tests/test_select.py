@@ -1,0 +1,46 @@
+"""Selection: the best stay, in order, and controls do what they say."""
+
+import math
+
+import pytest
+
+from mitune.errors import MituneError
+from mitune.select import apply, parse_rule, select, softmax_weights
+
+VALUES = [0.2, math.nan, 0.9, 0.9, -1.0]
+
+
+def test_top_k_in_order_without_nan():
+    assert select(VALUES, 2) == [2, 3]
+    assert select(VALUES, 5) == [2, 3, 0, 4]
+
+
+def test_threshold_and_quantile():
+    assert select(VALUES, 5, threshold=0.0) == [2, 3, 0]
+    assert select(VALUES, 5, quantile=0.6) == [2, 3]
+
+
+def test_random_is_seeded_and_fair():
+    rule = parse_rule("random", ["a"])
+    picks = [apply(rule, {"a": VALUES}, 1, seed)[0] for seed in range(400)]
+    assert picks == [apply(rule, {"a": VALUES}, 1, seed)[0] for seed in range(400)]
+    counts = [picks.count(i) for i in range(5)]
+    assert counts[1] == 0
+    assert all(60 < count < 140 for i, count in enumerate(counts) if i != 1)  # 100 ± 4 standard deviations of 8.7
+
+
+def test_rules_as_text():
+    assert parse_rule("a>=-0.5", ["a"]).threshold == -0.5
+    assert parse_rule("a@0.9", ["a"]).quantile == 0.9
+    assert parse_rule("a@0.9", ["a"]).slug == "a-upper-0.9"
+
+
+@pytest.mark.parametrize("text", ["b", "a@2", "a>=", "../a", ""])
+def test_bad_rules(text):
+    with pytest.raises(MituneError):
+        parse_rule(text, ["a"])
+
+
+def test_softmax_weights_have_mean_one():
+    weights = softmax_weights([0.0, math.log(2)], temperature=1.0)
+    assert weights == pytest.approx([2 / 3, 4 / 3])

@@ -1,0 +1,57 @@
+"""One config, whatever it is set by; mistakes are named."""
+
+import pytest
+
+from mitune.config import Config
+from mitune.errors import MituneError
+from mitune.settings import PRESETS, plain, resolve, write_config
+
+
+def test_later_sources_win(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("pool: {candidates: 7, keep: 2}\nfinetune: {learning_rate: 1e-3}\n")
+    config = resolve(preset="mi-tune-sd21", file=file, assignments=["pool.keep=3"], options={"pool": {"seed": 5}})
+    assert (config.pool.candidates, config.pool.keep, config.pool.seed) == (7, 3, 5)
+    assert config.finetune.learning_rate == 1e-3
+    assert config.model.name == "stabilityai/stable-diffusion-2-1-base"
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_written_settings_are_read_back(tmp_path, preset):
+    config = resolve(preset=preset)
+    write_config(config, tmp_path / "config.yaml")
+    assert resolve(file=tmp_path / "config.yaml") == config
+
+
+def test_defaults_are_the_dataclass():
+    assert resolve() == Config()
+    assert plain(Config())["pool"]["candidates"] == 50
+
+
+@pytest.mark.parametrize(
+    ("assignment", "sentence"),
+    [
+        ("pool.candidate=3", "Unknown setting 'pool.candidate'"),
+        ("pool.candidates=three", "must be of type int"),
+        ("pool.keep=60", "pool.keep = 60 must lie between 1 and"),
+        ("model.guidance_scale=1", "must be above 1"),
+        ("finetune.adapter=full", "must be one of lora, dora"),
+        ("pool.candidates", "key=value"),
+        ("rounds=0", "at least 1"),
+    ],
+)
+def test_mistakes_are_named(assignment, sentence):
+    with pytest.raises(MituneError, match=sentence):
+        resolve(assignments=[assignment])
+
+
+def test_unknown_preset():
+    with pytest.raises(MituneError, match="Unknown preset 'sd99'"):
+        resolve(preset="sd99")
+
+
+def test_file_that_is_no_mapping(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("- 1\n")
+    with pytest.raises(MituneError, match="holds no settings"):
+        resolve(file=file)
