@@ -124,7 +124,7 @@ def make_run(
         loss = floor + 0.12 * np.exp(-4 * steps / iterations) + 0.02 * numbers.normal(size=iterations)
         norm = 0.3 + 1.2 * np.exp(-6 * steps / iterations) + 0.08 * np.abs(numbers.normal(size=iterations))
         lines = [
-            json.dumps({"iteration": int(i), "loss": float(a), "gradient_norm": float(b), "seconds": 0.8})
+            json.dumps({"iteration": int(i) - 1, "loss": float(a), "gradient_norm": float(b), "seconds": 0.8})
             for i, a, b in zip(steps, loss, norm, strict=True)
         ]
         file = folder / "round-1" / "adapters" / selection / "training.jsonl"
@@ -272,7 +272,7 @@ def test_pictures_carry_verdict_and_missed_parts(run):
                 expected = "malformed" if row["malformed"] else "exact" if row["exact"] else "wrong"
                 assert picture.verdict == expected
                 assert picture.pixelated
-                assert picture.caption == ("malformed" if row["malformed"] else row["missed"].replace(";", ","))
+                assert "; ".join(picture.lines) == ("malformed" if row["malformed"] else row["missed"])
 
 
 def test_extremes_are_ordered_by_the_selecting_score(run):
@@ -282,7 +282,7 @@ def test_extremes_are_ordered_by_the_selecting_score(run):
     for card in pool["cards"]:
         best, worst = card.strips
         assert (best.name, worst.name) == ("best", "worst")
-        scores = [float(p.caption.replace("−", "-")) for p in (*best.pictures, *worst.pictures)]
+        scores = [float(p.lines[0].replace("−", "-")) for p in (*best.pictures, *worst.pictures)]
         assert scores == sorted(scores, reverse=True)
 
 
@@ -294,6 +294,21 @@ def test_scores_are_held_against_the_judge(run):
     assert scores["self-confidence"]["judged"]["agreement"]["sign"] == 1
     assert scores["mi-tune"]["judged"]["agreement"]["sign"] == -1
     assert scores["mi-tune"]["unit"] == "nats"
+
+
+def test_training_counts_iterations_and_skipped_ones(tmp_path):
+    """A skipped iteration has no loss: it is counted, and neither it nor its neighbors break the curve."""
+    (tmp_path / "config.yaml").write_text("rounds: 1", "utf-8")
+    file = tmp_path / "round-1" / "adapters" / "mi-tune" / "training.jsonl"
+    file.parent.mkdir(parents=True)
+    rows = [{"iteration": i, "loss": 0.1, "gradient_norm": 1.0, "skipped": False, "seconds": 2.0} for i in range(40)]
+    rows[7].update({"loss": None, "gradient_norm": None, "skipped": True})
+    file.write_text("\n".join(map(json.dumps, rows)), "utf-8")
+    training = context(tmp_path)["rounds"][0]["training"]
+    (run,) = training["legend"]
+    assert (run["iterations"], run["skipped"], run["seconds"]) == (40, 1, "1 min 20 s")
+    assert "nan" not in training["plots"][0].lower()
+    assert "1 skipped as not finite" in Page(build_report(tmp_path).read_text("utf-8")).text
 
 
 def test_cost_adds_up(run):
@@ -353,6 +368,17 @@ def test_a_pool_without_judge(tmp_path):
     assert "No verdicts in this pool" in page.text
     (picture,) = page.of("img")
     assert picture["src"].startswith("data:image/webp") and "class" not in picture
+
+
+def test_base_alone_gives_tables_and_no_verdict(tmp_path, run):
+    rows = [row for row in pq.read_table(run / "eval" / "images.parquet").to_pylist() if row["variant"] == "base"]
+    (tmp_path / "config.yaml").write_text("pool: {select: [self-confidence]}", "utf-8")
+    (tmp_path / "eval").mkdir()
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "eval" / "images.parquet")
+    found = context(tmp_path)
+    assert (found["headline"], found["forest"], found["cards"]) == (None, None, [])
+    assert [table["variants"] for table in found["tables"]] == [["base"], ["base"]]
+    assert "No verdict" in Page(build_report(tmp_path).read_text("utf-8")).text
 
 
 def test_what_users_write_is_text(tmp_path):

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 TOKENS = 8
@@ -118,15 +119,55 @@ def tiny_sd3(seed: int = 0, shift: float = 1.0) -> StableDiffusion3Pipeline:
         ).eval(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
     )
-    # diffusers starts these at zero, so that an untrained model would predict nothing and not heed the prompt
-    for name, weight in pipe.transformer.named_parameters():
-        if not weight.any():
-            torch.nn.init.normal_(weight, std=0.2 if name.endswith("weight") else 0.0)
+    wake(pipe.transformer)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def _text_config(tokenizer: CLIPTokenizer, **changes: Any) -> CLIPTextConfig:
+def tiny_sdxl(seed: int = 0) -> StableDiffusionXLPipeline:
+    """StableDiffusionXLPipeline on (4, 8, 8) latents without its first text encoder, Euler.
+
+    Call it with embeddings: prompt (B, L, 16), pooled (B, 8).
+    """
+    torch.manual_seed(seed)
+    tokenizer = tiny_tokenizer()
+    pipe = StableDiffusionXLPipeline(
+        vae=tiny_vae(),
+        text_encoder=None,
+        text_encoder_2=CLIPTextModelWithProjection(_text_config(tokenizer)).eval(),
+        tokenizer=None,
+        tokenizer_2=tokenizer,
+        unet=UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(8, 16),
+            layers_per_block=1,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            cross_attention_dim=16,
+            attention_head_dim=2,
+            norm_num_groups=4,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=4,
+            projection_class_embeddings_input_dim=6 * 4 + 8,
+        ).eval(),
+        scheduler=EulerDiscreteScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1
+        ),
+        add_watermarker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def wake(denoiser: nn.Module) -> nn.Module:
+    """Gives random values to the weights that start at zero, which would make a network deaf to the prompt."""
+    for name, weight in denoiser.named_parameters():
+        if name.endswith("weight") and not weight.any():
+            nn.init.normal_(weight, std=0.2)
+    return denoiser.eval()
+
+
+def _text_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
     return CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=16,
@@ -138,5 +179,4 @@ def _text_config(tokenizer: CLIPTokenizer, **changes: Any) -> CLIPTextConfig:
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        **changes,
     )

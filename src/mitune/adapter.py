@@ -178,7 +178,7 @@ tags: [{config.adapter}, lora, mitune]
 # A {"DoRA" if config.adapter == "dora" else "LoRA"} adapter for {model.name}
 
 Fine-tuned with mitune on {len(prompts)} of the model's own images, for {len(set(prompts))} prompts.
-Images were chosen by: {selection}. Iterations skipped because the loss was not finite: {skipped} of {config.iterations}.
+Images were chosen by: {selection}. Iterations skipped, as the loss was not finite: {skipped} of {config.iterations}.
 
 ```python
 from diffusers import DiffusionPipeline

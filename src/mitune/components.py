@@ -56,7 +56,7 @@ class Components:
     def text_encoder_names(self) -> list[str]:
         """The text encoders that an adapter file of this pipeline can hold: CLIP's, not T5."""
         accepted = inspect.signature(self.pipeline_class.save_lora_weights).parameters
-        present = [name for name, part in self.index.items() if name.startswith("text_encoder") and _is_part(part)]
+        present = [name for name, part in self.index.items() if name.startswith("text_encoder") and _is_present(part)]
         return [name for name in present if f"{name}_lora_layers" in accepted]
 
     def denoiser(self) -> nn.Module:
@@ -77,10 +77,11 @@ class Components:
 
     def text_pipeline(self) -> Any:
         """The pipeline with its tokenizers and text encoders only, on the CPU: enough for `encode_prompt`."""
+        kept = ("text_encoder", "tokenizer", "scheduler")
         absent = {
             name: None
             for name, part in self.index.items()
-            if _is_part(part) and not name.startswith(("text_encoder", "tokenizer", "scheduler"))
+            if isinstance(part, list) and not (_is_present(part) and name.startswith(kept))
         }
         with _opening(self.config):
             return self.pipeline_class.from_pretrained(model_folder(self.config.name), **self._options(), **absent)
@@ -94,8 +95,8 @@ class Components:
         }
 
 
-def _is_part(entry: Any) -> bool:
-    return isinstance(entry, list) and entry[0] is not None
+def _is_present(part: Any) -> bool:
+    return isinstance(part, list) and part[0] is not None  # the list's entry is [library, class], or nulls
 
 
 @contextmanager

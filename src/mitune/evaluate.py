@@ -20,7 +20,7 @@ from mitune.models import Model, load_model
 from mitune.shapes.prompts import Listed
 from mitune.store import claim, write_image, write_table
 
-SHOWN_PER_CATEGORY = 2  # prompts a category whose pictures the report shows
+SHOWN_PROMPTS = 1  # of each category and split, whose pictures the report shows
 Progress = Callable[[int, int], None]
 
 
@@ -79,10 +79,10 @@ def _judge_variant(
     metric: Metric,
     progress: Progress,
 ) -> pa.Table:
-    shown: dict[str, list[str]] = {}
+    shown: dict[tuple[str, str], list[str]] = {}
     for listed in prompts:
-        texts = shown.setdefault(listed.category, [])
-        if len(texts) < SHOWN_PER_CATEGORY:
+        texts = shown.setdefault((listed.category, listed.split), [])
+        if len(texts) < SHOWN_PROMPTS:
             texts.append(listed.text)
     wanted = [(i, listed, j) for i, listed in enumerate(prompts) for j in range(config.eval.images)]
     requests = [
@@ -95,7 +95,7 @@ def _judge_variant(
         for request, image, judgment in zip(chunk, images, judgments, strict=True):
             index, listed, j = wanted[len(rows)]
             picture = ""
-            if listed.text in shown[listed.category]:
+            if listed.text in shown[listed.category, listed.split]:
                 picture = f"pictures/{variant.slug}/{index:05d}-{j}.png"
                 write_image(folder / picture, image)
             rows.append(

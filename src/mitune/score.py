@@ -83,9 +83,10 @@ def score_images(
     chunks = []
     for start in range(0, len(prompts), batch_size):
         some = slice(start, start + batch_size)
+        denoiser = _PipelineDenoiser(pipe, path, latents[some], prompts[some], call or {})
         chunk = point_wise_draws(
-            _PipelineDenoiser(pipe, path, latents[some], prompts[some], call or {}),
-            latents[some],
+            denoiser,
+            latents[some].to(denoiser.device),
             estimator=estimator,
             proposal=proposal or default_proposal(path),
             strata=draws // NOISINGS_A_STRATUM,
@@ -125,7 +126,8 @@ def encode_images(pipe: Any, images: Sequence[Image]) -> Tensor:
     if lifted:
         vae.to(dtype)
     latents: Tensor = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent
-    return (latents.float() - (vae.config.get("shift_factor") or 0)) * vae.config.scaling_factor
+    shift, scale = vae.config.get("shift_factor") or 0.0, float(vae.config.scaling_factor)
+    return (latents.float() - shift) * scale
 
 
 class _PipelineDenoiser:
@@ -135,15 +137,16 @@ class _PipelineDenoiser:
         self, pipe: Any, path: NoisePath, latents: Tensor, prompts: Sequence[str], call: Mapping[str, Any]
     ) -> None:
         self.denoiser = denoiser_of(pipe)
+        self.dtype: Any = self.denoiser.dtype
         self.family = family_of(self.denoiser)
         self.path = path
         size = [pipe.vae_scale_factor * side for side in latents.shape[-2:]]
         ours = {
             "prompt": list(prompts),
-            "latents": latents.to(pipe.dtype),
+            "latents": latents.to(self.dtype),
             "height": size[0],
             "width": size[1],
-            "num_inference_steps": 1,
+            "num_inference_steps": 2,  # one would do, but makes PixArt take its distilled path
             "guidance_scale": max(2.0, call.get("guidance_scale", 2.0)),
             "generator": Generator().manual_seed(0),  # a sampler that draws must not touch the global state
             "output_type": "latent",
@@ -151,6 +154,7 @@ class _PipelineDenoiser:
         with MIProbe(pipe) as probe:
             pipe(**{**call, **ours})
         self.null, self.conditional = probe.null_conditioning, probe.conditioning
+        self.device = next(iter(self.null.values())).device
 
     def __call__(self, noisy: Tensor, log_snr: Tensor) -> tuple[Tensor, Tensor]:
         alpha, sigma = (x.float().to(noisy.device) for x in alpha_sigma(log_snr, is_flow=self.path.is_flow))
@@ -168,11 +172,9 @@ class _PipelineDenoiser:
 
     def _output(self, noisy: Tensor, timestep: Tensor, conditioning: dict[str, Any]) -> Tensor:
         told = timestep.to(noisy.device).expand(len(noisy))
-        output: Tensor = self.denoiser(
-            noisy.to(self.denoiser.dtype), timestep=told, **conditioning, return_dict=False
-        )[0]
-        output = output[:, : noisy.shape[1]].float()  # without learned variances
-        return -output if self.family.negated else output
+        output = self.denoiser(noisy.to(self.dtype), timestep=told, **conditioning, return_dict=False)[0]
+        predicted: Tensor = output[:, : noisy.shape[1]].float()  # without learned variances
+        return -predicted if self.family.negated else predicted
 
 
 def save_heat_map(file: Path, image: Image, information: Tensor) -> None:

@@ -312,7 +312,10 @@ def _judged(quality: Selection) -> Context | None:
     if not quality.kept.prompts:
         return None
     shares = {"kept": quality.kept, "drawn": quality.drawn, "oracle": quality.oracle}
-    shown: Context = {key: {"value": percent(share.value), "span": span(share)} for key, share in shares.items()}
+    shown: Context = {
+        key: {"value": percent(share.value), "span": span(share), "share": round(100 * share.value, 1)}
+        for key, share in shares.items()
+    }
     shown |= {"prompts": quality.kept.prompts, "agreement": None}
     if tau := quality.agreement:
         value, low, high = (f"{x:+.2f}".replace("-", "−") for x in (tau.value, tau.low, tau.high))
@@ -350,7 +353,8 @@ def _training(folder: Path, colors: Mapping[str, str]) -> Context | None:
         {
             "name": name,
             "color": colors.get(name, "base"),
-            "iterations": int(_series(rows, "iteration").max()),
+            "iterations": len(rows),
+            "skipped": sum(bool(row.get("skipped")) for row in rows),
             "seconds": duration(float(np.nansum(_series(rows, "seconds")))),
         }
         for name, rows in runs.items()

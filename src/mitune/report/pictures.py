@@ -30,11 +30,11 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """A picture as a data URI, with the judge's verdict (a key of MARKS) and what it says below."""
+    """A picture as a data URI, with the judge's verdict (a key of MARKS) and the lines below it."""
 
     source: str
     verdict: str
-    caption: str
+    lines: tuple[str, ...]
     pixelated: bool
 
     @property
@@ -104,7 +104,8 @@ def extremes(folder: Path, candidates: pa.Table, score: str) -> list[Card]:
     cards = []
     for prompt in sorted(of_prompt)[:EXTREMES]:
         rows = sorted(of_prompt[prompt], key=lambda row: row[column], reverse=True)
-        shown = [_picture(saved[prompt, row["candidate"]], row, f"{row[column]:.4g}".replace("-", "−")) for row in rows]
+        texts = [f"{row[column]:.4g}".replace("-", "−") for row in rows]
+        shown = [_picture(saved[prompt, row["candidate"]], row, (text,)) for row, text in zip(rows, texts, strict=True)]
         half = (len(shown) + 1) // 2
         strips = (Strip("best", tuple(shown[:half])), Strip("worst", tuple(shown[half:])))
         cards.append(Card(str(rows[0]["prompt"]), (), strips))
@@ -127,11 +128,11 @@ def _inside(folder: Path, name: str) -> Path:
 
 
 def _evaluated(folder: Path, row: Row) -> Picture:
-    missed = [part.strip() for part in (row.get("missed") or "").split(";") if part.strip()]
-    return _picture(folder / row["picture"], row, "malformed" if row["malformed"] else ", ".join(missed))
+    missed = tuple(part.strip() for part in (row.get("missed") or "").split(";") if part.strip())
+    return _picture(folder / row["picture"], row, ("malformed",) if row["malformed"] else missed)
 
 
-def _picture(path: Path, row: Row, caption: str) -> Picture:
+def _picture(path: Path, row: Row, lines: tuple[str, ...]) -> Picture:
     if row["exact"] is None:
         verdict = "unknown"
     elif row["malformed"]:
@@ -139,7 +140,7 @@ def _picture(path: Path, row: Row, caption: str) -> Picture:
     else:
         verdict = "exact" if row["exact"] else "wrong"
     source, pixelated = _embed(path)
-    return Picture(source, verdict, caption, pixelated)
+    return Picture(source, verdict, lines, pixelated)
 
 
 def _embed(path: Path) -> tuple[str, bool]:

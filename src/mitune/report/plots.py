@@ -69,8 +69,8 @@ def forest(rows: Sequence[tuple[str, Sequence[tuple[str, Interval]]]], label: st
             for index, (color, interval) in enumerate(intervals):
                 y = row + (index - (len(intervals) - 1) / 2) * 0.72 / count
                 ends, paint = (100 * interval.low, 100 * interval.high), _PLACEHOLDER[color]
-                axes.plot(ends, (y, y), color=paint, linewidth=1.6, alpha=0.45, solid_capstyle="round")
-                axes.plot(100 * interval.value, y, "o", color=paint, markersize=4)
+                axes.plot(ends, (y, y), color=paint, linewidth=1.8, alpha=0.5, solid_capstyle="round")
+                axes.plot(100 * interval.value, y, "o", color=paint, markersize=4.5)
         axes.axvline(0, color=_PLACEHOLDER["muted"], linewidth=0.8)
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.set_yticks(range(len(rows)), [name for name, _ in rows])
@@ -122,7 +122,7 @@ def by_rank(shares: Array, average: float, label: str) -> str:
 def curves(lines: Sequence[Curve], name: str, label: str) -> str:
     """A quantity over the iterations: each curve faint, and its running mean over a tenth of its length clear."""
     with mpl.rc_context(_STYLE):
-        figure, axes = _figure(4.2, 2.2)
+        figure, axes = _figure(4.9, 2.3)
         for line in lines:
             paint = _PLACEHOLDER[line.color]
             axes.plot(line.x, line.y, color=paint, linewidth=0.7, alpha=0.25)
@@ -136,9 +136,11 @@ def curves(lines: Sequence[Curve], name: str, label: str) -> str:
 
 
 def _running_mean(values: Array, width: int) -> Array:
-    """Mean over the `width` values on either side and the value itself, fewer at the ends."""
-    kernel = np.ones(2 * width + 1)
-    means: Array = np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
+    """Mean over the `width` values on either side and the value itself; fewer at the ends and where some are NaN."""
+    kernel, finite = np.ones(2 * width + 1), np.isfinite(values)
+    counts = np.convolve(finite.astype(np.float64), kernel, "same")
+    sums = np.convolve(np.where(finite, values, 0.0), kernel, "same")
+    means: Array = np.divide(sums, counts, out=np.full(len(values), np.nan), where=counts > 0.5)
     return means
 
 

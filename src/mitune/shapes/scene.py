@@ -14,6 +14,7 @@ from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from mitune.shapes.grammar import COLORS, DEPTH_RELATIONS, SHAPES, TEXTURES, Phrase, Prompt
 
@@ -186,6 +187,11 @@ def render(scene: Scene) -> NDArray[np.uint8]:
         window = canvas[o.y * CELL : (o.y + 1) * CELL, o.x * STEP : o.x * STEP + CELL]
         window += coverage * (paint - window)
     return canvas.round().astype(np.uint8)
+
+
+def picture(scene: Scene) -> Image.Image:
+    """The picture of a scene as an image."""
+    return Image.fromarray(render(scene))
 
 
 KINDS = tuple((color, shape, texture) for color in COLORS for shape in SHAPES for texture in TEXTURES)

@@ -1,0 +1,554 @@
+"""The hook: on real tiny pipelines against sums made by hand, and on an exact denoiser against the analytic MI."""
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    AuraFlowPipeline,
+    AuraFlowTransformer2DModel,
+    CogView4Pipeline,
+    CogView4Transformer2DModel,
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    Lumina2Pipeline,
+    Lumina2Transformer2DModel,
+    PixArtAlphaPipeline,
+    PixArtTransformer2DModel,
+    PNDMScheduler,
+    SanaPipeline,
+    SanaTransformer2DModel,
+    UniPCMultistepScheduler,
+)
+from tiny import PROMPTS, SD3_CALL, tiny_sd, tiny_sd3, tiny_sdxl, tiny_vae, wake
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mitune.errors import GuidanceError, MituneError, ModelError
+from mitune.information import SCORES, Estimate, get_score
+from mitune.path import path_of
+from mitune.probe import MIProbe, denoiser_of, unflatten
+
+STEPS = 6
+
+
+def generators(seeds):
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def sample(pipe, prompts=PROMPTS, *, seeds=(0, 1), **call):
+    """Final latents of a guided run."""
+    arguments = {"num_inference_steps": STEPS, "guidance_scale": 3.0, "output_type": "latent"}
+    extra = SD3_CALL if hasattr(pipe, "transformer") else {}
+    return pipe(prompts, generator=generators(seeds), **arguments | extra | call).images
+
+
+def watch(pipe, prompts=PROMPTS, **call):
+    with MIProbe(pipe) as probe:
+        latents = sample(pipe, prompts, **call)
+    return latents, probe
+
+
+class TestByHand:
+    """Per-step terms on the unmodified pipelines, from the callback's latents and the denoiser called again."""
+
+    @pytest.fixture(params=["sd", "sd-v", "sd-euler", "sd3"])
+    def run(self, request):
+        """(pipe, trace, latents z_t of each step as the denoiser got them, σ, α, final latents)."""
+        if request.param == "sd3":
+            pipe = tiny_sd3(shift=3.0)
+        else:
+            pipe = tiny_sd(prediction_type="v_prediction" if request.param == "sd-v" else "epsilon")
+        if request.param == "sd-euler":
+            pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+        seen = []
+
+        def remember(_, index, timestep, given):
+            seen.append(given["latents"].clone())
+            return {}
+
+        start = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(7))
+        with MIProbe(pipe) as probe:
+            final = sample(pipe, latents=start, callback_on_step_end=remember)
+        noisy = [start * pipe.scheduler.init_noise_sigma if request.param != "sd3" else start, *seen[:-1]]
+        scheduler = pipe.scheduler
+        if request.param == "sd3":
+            sigma = scheduler.sigmas[:-1]
+            alpha = 1 - sigma
+        elif request.param == "sd-euler":
+            ratio = scheduler.sigmas[:-1]
+            sigma, alpha = ratio / (1 + ratio**2).sqrt(), 1 / (1 + ratio**2).sqrt()
+            noisy = [z / (1 + r**2).sqrt() for z, r in zip(noisy, ratio, strict=True)]
+        else:
+            alpha = scheduler.alphas_cumprod[scheduler.timesteps].sqrt()
+            sigma = (1 - alpha**2).sqrt()
+        return pipe, probe, final, noisy, alpha.double(), sigma.double()
+
+    def test_terms_and_scores(self, run):
+        pipe, probe, final, noisy, alpha, sigma = run
+        trace = probe.trace(final)
+        flow = hasattr(pipe, "transformer")
+        velocity = flow or pipe.scheduler.config.prediction_type == "v_prediction"
+        differences, errors, null_errors, dots, guided = [], [], [], [], []
+        for z, t, a, s in zip(noisy, pipe.scheduler.timesteps, alpha, sigma, strict=True):
+            outputs = []
+            for conditioning in (probe.conditioning, probe.null_conditioning):
+                with torch.no_grad():
+                    out = denoiser_of(pipe)(z, timestep=t.expand(2), **unflatten(conditioning)).sample.double()
+                z64 = z.double()
+                if flow:
+                    outputs.append((z64 + a * out, z64 - s * out))
+                elif velocity:
+                    outputs.append((s * z64 + a * out, a * z64 - s * out))
+                else:
+                    outputs.append((out, (z64 - s * out) / a))
+            (epsilon, clean), (epsilon_null, clean_null) = outputs
+            noise = (z.double() - a * final.double()) / s
+            differences.append(((epsilon - epsilon_null) ** 2).sum(dim=(1, 2, 3)))
+            errors.append(((epsilon - noise) ** 2).sum(dim=(1, 2, 3)))
+            null_errors.append(((epsilon_null - noise) ** 2).sum(dim=(1, 2, 3)))
+            u, u_null = clean - epsilon, clean_null - epsilon_null
+            u_guided = u_null + 3.0 * (u - u_null)
+            dots.append((u * (u - u_null)).sum(dim=(1, 2, 3)))
+            guided.append((u_guided * (u_guided - u_null)).sum(dim=(1, 2, 3)))
+        for measured, by_hand in (
+            (trace.difference, differences),
+            (trace.error_conditional, errors),
+            (trace.error_null, null_errors),
+            (trace.dot_conditional, dots),
+            (trace.dot_guided, guided),
+        ):
+            torch.testing.assert_close(measured.double(), torch.stack(by_hand, dim=1), rtol=2e-3, atol=2e-4)
+
+        log_snr = 2 * (alpha / sigma).log()
+        kept = log_snr.isfinite() & (sigma / (alpha + sigma) > 0.05)
+        by_hand = np.trapezoid(0.5 * torch.stack(differences, dim=1)[:, kept].numpy(), log_snr[kept].numpy(), axis=1)
+        assert kept.sum() >= STEPS - 2
+        assert get_score("mi-tune")(trace).tolist() == pytest.approx(by_hand.tolist(), rel=2e-3)
+        assert trace.dimensions == 4 * 8 * 8
+        assert trace.planned_steps == STEPS
+
+    def test_conditioning_is_what_the_denoiser_got(self, run):
+        pipe, probe, *_ = run
+        names = set(probe.conditioning)
+        assert names == set(probe.null_conditioning)
+        assert "encoder_hidden_states" in names and not names & {"sample", "hidden_states", "timestep"}
+        assert all(len(value) == 2 for value in probe.conditioning.values())
+        null = probe.null_conditioning["encoder_hidden_states"]
+        assert torch.equal(null[0], null[1])  # the empty prompt
+        assert not torch.equal(*probe.conditioning["encoder_hidden_states"])
+
+
+class ExactDenoiser(nn.Module):
+    """Of x ~ N(mean, variance) for each row: what an ε-, v- or z₀-network would say if it were perfect."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.path = path
+
+    def forward(self, sample, timestep, mean, variance, return_dict=True):
+        _, log_snr = self.path.at_steps(timestep)
+        ratio = torch.exp(log_snr / 2)
+        if self.path.is_flow:
+            sigma = 1 / (1 + ratio)
+            alpha = 1 - sigma
+        else:
+            sigma = (1 + ratio**2) ** -0.5
+            alpha = (1 - sigma**2).sqrt()
+        deviation = (sample - alpha * mean) / (alpha**2 * variance + sigma**2)
+        noise, clean = sigma * deviation, mean + alpha * variance * deviation
+        if self.path.predicts == "epsilon":
+            output = noise
+        elif self.path.predicts == "sample":
+            output = clean
+        else:
+            output = noise - clean if self.path.is_flow else alpha * noise - sigma * clean
+        return SimpleNamespace(sample=output) if return_dict else (output,)
+
+
+def exact_trace(scheduler, *, candidates=3000, rho=0.8, seed=0):
+    """The trace of Gaussian pairs x, y, corr ρ, each noised anew at every step of the scheduler's run."""
+    path = path_of(scheduler)
+    rng = torch.Generator().manual_seed(seed)
+    y, noise = torch.randn(2, candidates, 1, 1, 1, generator=rng)
+    x = rho * y + math.sqrt(1 - rho**2) * noise
+    mean = torch.cat([torch.zeros_like(y), rho * y])
+    variance = torch.cat([torch.ones_like(y), torch.full_like(y, 1 - rho**2)])
+    pipe = SimpleNamespace(unet=ExactDenoiser(path), scheduler=scheduler, guidance_scale=1.0)
+    with MIProbe(pipe) as probe:
+        for t in scheduler.timesteps:
+            ratio = torch.exp(path.at_steps(t)[1] / 2)
+            sigma = 1 / (1 + ratio) if path.is_flow else (1 + ratio**2) ** -0.5
+            alpha = 1 - sigma if path.is_flow else (1 - sigma**2).sqrt()
+            noisy = alpha * x + sigma * torch.randn(x.shape, generator=rng)
+            pipe.unet(torch.cat([noisy, noisy]), t, mean=mean, variance=variance, return_dict=False)
+    return probe.trace(x)
+
+
+VP = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+SCHEDULERS = [
+    *(DDIMScheduler(**VP, prediction_type=p, steps_offset=1) for p in ("epsilon", "v_prediction", "sample")),
+    *(EulerDiscreteScheduler(**VP, prediction_type=p) for p in ("epsilon", "v_prediction", "sample")),
+    DDIMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing"),
+    DDPMScheduler(**VP),
+    PNDMScheduler(**VP, skip_prk_steps=True),
+    DPMSolverMultistepScheduler(**VP, use_karras_sigmas=True),
+    EulerAncestralDiscreteScheduler(**VP, prediction_type="v_prediction"),
+    HeunDiscreteScheduler(**VP, prediction_type="sample"),
+    UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0),
+    FlowMatchEulerDiscreteScheduler(),
+    FlowMatchEulerDiscreteScheduler(shift=3.0),
+]
+
+
+def name_of(scheduler):
+    return f"{type(scheduler).__name__}-{scheduler.config.get('prediction_type', 'flow')}"
+
+
+class TestGaussianPair:
+    """x ~ N(0, 1), corr(x, y) = ρ = 0.8: I(x; y) = −½ ln(1 − ρ²) = 0.511 nats, whatever the network predicts."""
+
+    @pytest.mark.parametrize("scheduler", SCHEDULERS, ids=name_of)
+    def test_every_form_gives_the_analytic_value(self, scheduler):
+        scheduler.set_timesteps(100)
+        trace = exact_trace(scheduler)
+        kept = trace.log_snr[trace.log_snr.isfinite() & (torch.sigmoid(-trace.log_snr / 2) > 0.05)].double()
+        snr, v = kept.exp(), 1 - 0.8**2
+        within = (0.5 * ((1 + snr) / (1 + v * snr)).log()).tolist()  # ½ ∫ up to each λ
+        expected = within[-1] - within[0]
+        # What lies beyond the first and the last λ of a finite schedule is a few percent of the whole.
+        assert expected == pytest.approx(-0.5 * math.log(v), rel=0.04)
+        for name in ("mi-tune", "rfmi", "rfmi-squared", "log-likelihood-ratio"):
+            # RFMI's integral begins at t = 0, so at pure noise, where the run does.
+            truth = within[-1] if "rfmi" in name and not trace.log_snr[0].isfinite() else expected
+            estimate = Estimate.of_mean(SCORES[name](trace))
+            assert estimate.standard_error <= 0.03
+            # The trapezoid rule on 100 steps is good to 0.005.
+            assert estimate.value == pytest.approx(truth, abs=4 * estimate.standard_error + 0.005), name
+
+    @pytest.mark.parametrize("family", [DDIMScheduler, EulerDiscreteScheduler])
+    def test_networks_that_encode_the_same_denoiser_score_the_same(self, family):
+        """ε, v and z₀ from the same z: candidate by candidate, all scores but the deliberately wrong one."""
+        traces = []
+        for prediction in ("epsilon", "v_prediction", "sample"):
+            scheduler = family(**VP, prediction_type=prediction)
+            scheduler.set_timesteps(50)
+            traces.append(exact_trace(scheduler, candidates=20))
+        for name, score in SCORES.items():
+            first = score(traces[0])
+            assert first.isfinite().all()
+            for other in traces[1:]:
+                torch.testing.assert_close(score(other), first, rtol=2e-3, atol=2e-4, msg=name)
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operations that would make the host wait for a device."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        self.count += name in ("_local_scalar_dense", "equal", "is_nonzero", "nonzero")
+        return function(*args, **(kwargs or {}))
+
+
+class TestHook:
+    def test_waits_for_the_device_once_a_run(self):
+        pipe = tiny_sd()
+        with Waits() as plain:
+            sample(pipe)
+        with MIProbe(pipe), Waits() as probed:
+            sample(pipe)
+        assert probed.count == plain.count + 1
+
+    def test_leaves_samples_as_they_are(self):
+        for pipe in (tiny_sd(), tiny_sd3()):
+            latents, probe = watch(pipe)
+            assert torch.equal(latents, sample(pipe))  # and the hook is gone
+            assert probe.steps == STEPS
+
+    def test_both_kinds_of_output(self):
+        """Pipelines ask for tuples; a denoiser that gives output classes is read as well."""
+        pipe = tiny_sd()
+        traces = []
+        for return_dict in (False, True):
+            with MIProbe(pipe) as probe, torch.no_grad():
+                pipe.unet(torch.ones(4, 4, 8, 8), 500, torch.ones(4, 8, 16), return_dict=return_dict)
+            traces.append(probe.trace())
+        assert torch.equal(traces[0].difference, traces[1].difference)
+
+    def test_accumulates_in_float32(self):
+        """A bfloat16 model's terms are those of its outputs, summed in float32: exact to 1e-5, not to 1e-2."""
+        pipe = tiny_sd3().to(torch.bfloat16)
+        outputs = []
+        handle = pipe.transformer.register_forward_hook(lambda _, __, output: outputs.append(output[0].double()))
+        latents, probe = watch(pipe)
+        handle.remove()
+        trace = probe.trace(latents)
+        sigma = torch.sigmoid(-trace.log_snr.double() / 2)
+        by_hand = [((1 - s) * (v[2:] - v[:2])).square().sum(dim=(1, 2, 3)) for s, v in zip(sigma, outputs, strict=True)]
+        assert trace.difference.dtype == torch.float32
+        torch.testing.assert_close(trace.difference.double(), torch.stack(by_hand, dim=1), rtol=1e-5, atol=1e-9)
+
+    def test_a_second_call_starts_anew(self):
+        pipe = tiny_sd()
+        with MIProbe(pipe) as probe:
+            first = probe_trace(probe, pipe, PROMPTS, seeds=(0, 1))
+            second = probe_trace(probe, pipe, PROMPTS[:1], seeds=(0,))
+        assert first.difference.shape == (2, STEPS)
+        assert second.difference.shape == (1, STEPS)
+        torch.testing.assert_close(second.difference[0], first.difference[0], rtol=1e-3, atol=0)
+
+    def test_skip_layer_guidance_is_no_step(self):
+        pipe = tiny_sd3()
+        extra = {"skip_guidance_layers": [0], "skip_layer_guidance_start": 0.0, "skip_layer_guidance_stop": 1.0}
+        latents, probe = watch(pipe, **extra)
+        assert not torch.equal(latents, sample(pipe))
+        assert probe.trace(latents).difference.shape == (2, STEPS)
+
+    def test_without_the_final_latents_there_are_no_errors(self):
+        _, probe = watch(tiny_sd())
+        trace = probe.trace()
+        assert trace.error_conditional.isnan().all() and trace.error_null.isnan().all()
+        assert get_score("self-confidence")(trace).isnan().all()
+        assert get_score("mi-tune")(trace).isfinite().all()
+
+
+def probe_trace(probe, pipe, prompts, seeds):
+    return probe.trace(sample(pipe, prompts, seeds=seeds))
+
+
+class TestDroppedCandidates:
+    def test_survivors_have_the_same_trace(self):
+        """Two of four candidates leave after the third step, by the callback that diffusers gives."""
+        pipe, prompts, seeds = tiny_sd(), PROMPTS * 2, [0, 1, 2, 3]
+        whole, probe = watch(pipe, prompts, seeds=seeds)
+        unpruned = probe.trace(whole)
+        half_way = []
+
+        def drop(_, index, timestep, given):
+            if index != 2:
+                return {}
+            half_way.append(probe.trace())
+            probe.keep([1, 2])
+            embeds = given["prompt_embeds"]
+            return {"latents": given["latents"][[1, 2]], "prompt_embeds": embeds[[1, 2, 5, 6]]}
+
+        with MIProbe(pipe) as probe:
+            latents = sample(
+                pipe,
+                prompts,
+                seeds=seeds,
+                callback_on_step_end=drop,
+                callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"],
+            )
+        pruned = probe.trace(latents)
+        torch.testing.assert_close(latents, whole[[1, 2]], rtol=1e-4, atol=1e-5)
+        for name in ("difference", "dot_conditional", "error_conditional", "error_null"):
+            expected = getattr(unpruned.select([1, 2]), name)
+            torch.testing.assert_close(getattr(pruned, name), expected, rtol=1e-3, atol=1e-4)
+        conditioning = probe.conditioning["encoder_hidden_states"]
+        assert torch.equal(conditioning[0], pipe.encode_prompt(PROMPTS[1], "cpu", 1, False)[0][0])
+        assert half_way[0].difference.shape == (4, 3)
+        torch.testing.assert_close(half_way[0].difference, unpruned.difference[:, :3])
+        assert half_way[0].planned_steps == STEPS
+
+    def test_dropping_without_telling_the_probe(self):
+        pipe = tiny_sd()
+
+        def drop(_, index, timestep, given):
+            return {"latents": given["latents"][:1], "prompt_embeds": given["prompt_embeds"][[0, 2]]}
+
+        names = ["latents", "prompt_embeds"]
+        with (
+            pytest.raises(MituneError, match=r"from 2 to 1 candidates at step 1; call probe.keep\(candidates\)"),
+            MIProbe(pipe),
+        ):
+            sample(pipe, callback_on_step_end=drop, callback_on_step_end_tensor_inputs=names)
+
+
+class TestRefusals:
+    @pytest.mark.parametrize("make", [tiny_sd, tiny_sd3])
+    @pytest.mark.parametrize("prompts", [PROMPTS, PROMPTS[:1]])
+    def test_no_guidance(self, make, prompts):
+        pipe = make()
+        with (
+            pytest.raises(GuidanceError, match=r"ran its denoiser without an unconditional half at step 0.*scale > 1"),
+            MIProbe(pipe),
+        ):
+            sample(pipe, prompts, seeds=range(len(prompts)), guidance_scale=1.0)
+
+    def test_unknown_scheduler_before_the_first_step(self):
+        pipe = tiny_sd()
+        pipe.scheduler = EDMEulerScheduler()
+        with pytest.raises(MituneError, match="EDMEulerScheduler has no noise path"), MIProbe(pipe):
+            pytest.fail("the pipeline must not run")
+
+    def test_no_denoiser(self):
+        with pytest.raises(ModelError, match="neither a unet nor a transformer"):
+            MIProbe(SimpleNamespace())
+
+    def test_nothing_seen(self):
+        with MIProbe(tiny_sd()) as probe:
+            pass
+        for ask in (probe.trace, lambda: probe.conditioning):
+            with pytest.raises(MituneError, match="has seen no denoising step"):
+                ask()
+
+    def test_two_calls_without_a_trace_between(self):
+        pipe = tiny_sd()
+        with MIProbe(pipe) as probe:
+            sample(pipe)
+            latents = sample(pipe)
+        with pytest.raises(MituneError, match="seen 12 denoising steps, but the scheduler ran 6"):
+            probe.trace(latents)
+
+    def test_lists_of_tensors_cannot_be_kept(self):
+        pipe = tiny_sd()
+        unet = pipe.unet
+        residuals = [torch.zeros(2, 8, 8, 8), torch.zeros(2, 8, 8, 8), torch.zeros(2, 8, 4, 4), torch.zeros(2, 16, 4, 4)]
+        with MIProbe(pipe) as probe, torch.no_grad():
+            unet(
+                torch.ones(2, 4, 8, 8),
+                500,
+                torch.ones(2, 8, 16),
+                down_block_additional_residuals=residuals,
+                mid_block_additional_residual=torch.zeros(2, 16, 4, 4),
+            )
+        assert probe.trace().difference.shape == (1, 1)
+        with pytest.raises(ModelError, match="list of tensors as down_block_additional_residuals"):
+            _ = probe.conditioning
+
+
+def embeddings(rng, *shape):
+    return torch.randn(*shape, generator=rng)
+
+
+def family(name):
+    """(pipe, arguments of its call) of a family, from embeddings; most have text encoders that are not tiny."""
+    torch.manual_seed(0)
+    rng = torch.Generator().manual_seed(0)
+    flow = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    mask = torch.ones(2, 8)
+    texts = {"prompt_embeds": embeddings(rng, 2, 8, 16), "negative_prompt_embeds": embeddings(rng, 2, 8, 16)}
+    masks = {"prompt_attention_mask": mask, "negative_prompt_attention_mask": mask}
+    parts = {"tokenizer": None, "text_encoder": None, "vae": tiny_vae()}
+    small = {"patch_size": 2, "in_channels": 4, "num_layers": 1}
+    heads = {"attention_head_dim": 8, "num_attention_heads": 2}
+    if name == "sdxl":
+        pooled = {f"{x}pooled_prompt_embeds": embeddings(rng, 2, 8) for x in ("", "negative_")}
+        return tiny_sdxl(), texts | pooled
+    if name == "aura-flow":
+        transformer = AuraFlowTransformer2DModel(
+            sample_size=8,
+            patch_size=2,
+            in_channels=4,
+            out_channels=4,
+            num_mmdit_layers=1,
+            num_single_dit_layers=1,
+            joint_attention_dim=16,
+            caption_projection_dim=16,
+            pos_embed_max_size=64,
+            **heads,
+        )
+        return AuraFlowPipeline(transformer=wake(transformer), scheduler=flow, **parts), texts | masks
+    if name == "cogview4":
+        transformer = CogView4Transformer2DModel(
+            out_channels=4, text_embed_dim=16, time_embed_dim=8, condition_dim=4, **small, **heads
+        )
+        return CogView4Pipeline(transformer=wake(transformer), scheduler=flow, **parts), texts
+    if name == "lumina2":
+        transformer = Lumina2Transformer2DModel(
+            sample_size=8,
+            hidden_size=24,
+            num_refiner_layers=1,
+            num_attention_heads=3,
+            num_kv_heads=1,
+            multiple_of=2,
+            axes_dim_rope=(4, 2, 2),
+            axes_lens=(64, 64, 64),
+            cap_feat_dim=16,
+            **small,
+        )
+        masks = {name: value.bool() for name, value in masks.items()}
+        call = texts | masks | {"cfg_normalization": False, "sigmas": [1.0, 0.8, 0.6, 0.4, 0.2, 0.1]}
+        return Lumina2Pipeline(transformer=wake(transformer), scheduler=flow, **parts), call
+    call = texts | masks | {"negative_prompt": None, "use_resolution_binning": False}
+    if name == "pixart":
+        transformer = PixArtTransformer2DModel(
+            sample_size=8, caption_channels=16, cross_attention_dim=16, out_channels=8, **small, **heads
+        )
+        scheduler = DPMSolverMultistepScheduler(**VP)
+        return PixArtAlphaPipeline(transformer=wake(transformer), scheduler=scheduler, **parts), call
+    transformer = SanaTransformer2DModel(
+        patch_size=1,
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=8,
+        cross_attention_dim=16,
+        caption_channels=16,
+        sample_size=8,
+        **heads,
+    )
+    scheduler = DPMSolverMultistepScheduler(
+        use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0, solver_order=2
+    )
+    parts["vae"] = None  # its pipeline takes the scale 32 then
+    return SanaPipeline(transformer=wake(transformer), scheduler=scheduler, **parts), call | {"height": 256, "width": 256}
+
+
+class TestFamilies:
+    """Order of halves, separate calls, timestep scaling, sign: all at once, by how the last step makes z₀."""
+
+    @pytest.mark.parametrize("name", ["sdxl", "aura-flow", "cogview4", "lumina2", "pixart", "sana"])
+    def test_last_step(self, name):
+        """A deterministic sampler ends with z₀ = ẑ₀ of the guided output, ε̂_∅ + w Δε, so at its last step the
+        trajectory's noise is that output, and the errors are (w−1)² ‖Δε‖² with the prompt and w² ‖Δε‖² without."""
+        pipe, call = family(name)
+        pipe.set_progress_bar_config(disable=True)
+        start = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+        arguments = {"height": 16, "width": 16, "guidance_scale": 3.0, "output_type": "latent"}
+        arguments |= {"num_inference_steps": 6, "latents": start, "prompt": None} | call
+        with MIProbe(pipe, guidance_scale=3.0) as probe:
+            latents = pipe(**arguments).images
+        trace = probe.trace(latents)
+        difference = trace.difference[:, -1]
+        assert trace.difference.shape == (2, 6)
+        assert (difference > 1e-8).all()
+        torch.testing.assert_close(trace.error_conditional[:, -1], 4 * difference, rtol=0.02, atol=0)
+        torch.testing.assert_close(trace.error_null[:, -1], 9 * difference, rtol=0.02, atol=0)
+        assert trace.dot_guided.isfinite().all()
+        names = set(probe.conditioning)
+        assert ("added_cond_kwargs.text_embeds" in names) == (name == "sdxl")
+        for given, prefix in ((probe.conditioning, ""), (probe.null_conditioning, "negative_")):
+            assert torch.equal(given["encoder_hidden_states"], call[f"{prefix}prompt_embeds"])
+
+    @pytest.mark.parametrize("name", ["cogview4", "pixart"])
+    def test_no_guidance(self, name):
+        """Families whose pipelines do not tell whether they guide, and call once or twice a step."""
+        pipe, call = family(name)
+        pipe.set_progress_bar_config(disable=True)
+        start = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+        arguments = {"height": 16, "width": 16, "guidance_scale": 1.0, "output_type": "latent", "prompt": None} | call
+        with pytest.raises(GuidanceError, match="without an unconditional half"), MIProbe(pipe):
+            pipe(**arguments, num_inference_steps=4, latents=start)
+
+
+def test_unflatten_inverts_the_names():
+    flat = {"a": torch.zeros(1), "b.c": torch.ones(1), "b.d": torch.ones(2)}
+    nested = unflatten(flat)
+    assert list(nested) == ["a", "b"]
+    assert list(nested["b"]) == ["c", "d"]
+    assert torch.equal(nested["b"]["d"], flat["b.d"])
