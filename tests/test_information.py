@@ -133,9 +133,9 @@ class TestQuadrature:
     def test_early_counts_the_planned_steps(self):
         """A run that was cut short after 100 of 1000 steps has no more early steps than those 100."""
         whole = flow_trace()
-        columns = {
-            k: [v[0][:100]] if isinstance(v[0], list) else v for k, v in whole.to_columns().items()
-        } | {"planned_steps": [1000]}
+        columns = {k: [v[0][:100]] if isinstance(v[0], list) else v for k, v in whole.to_columns().items()} | {
+            "planned_steps": [1000]
+        }
         part = Trace.from_columns(columns)
         expected = (whole.difference / torch.sigmoid(-whole.log_snr / 2) ** 2)[:, :100].sum()
         assert get_score("early")(part).item() == pytest.approx(expected.item(), rel=1e-5)
@@ -201,9 +201,12 @@ class TestTrace:
         assert torch.equal(chosen.log_snr, two.log_snr)
 
     def test_rows_of_different_schedules_are_refused(self):
-        columns = {name: rows + other for (name, rows), other in zip(
-            flow_trace().to_columns().items(), vp_trace().to_columns().values(), strict=True
-        )}
+        columns = {
+            name: rows + other
+            for (name, rows), other in zip(
+                flow_trace().to_columns().items(), vp_trace().to_columns().values(), strict=True
+            )
+        }
         with pytest.raises(MituneError, match="Column log_snr differs"):
             Trace.from_columns(columns)
 

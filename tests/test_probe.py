@@ -28,7 +28,6 @@ from diffusers import (
     SanaTransformer2DModel,
     UniPCMultistepScheduler,
 )
-from tiny import PROMPTS, SD3_CALL, tiny_sd, tiny_sd3, tiny_sdxl, tiny_vae, wake
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -36,6 +35,8 @@ from mitune.errors import GuidanceError, MituneError, ModelError
 from mitune.information import SCORES, Estimate, get_score
 from mitune.path import path_of
 from mitune.probe import MIProbe, denoiser_of, unflatten
+from tests.sets import tiny_sdxl
+from tests.tiny import PROMPTS, SD3_CALL, tiny_sd, tiny_sd3, tiny_vae, wake
 
 STEPS = 6
 
@@ -71,7 +72,7 @@ class TestByHand:
             pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
         seen = []
 
-        def remember(_, index, timestep, given):
+        def remember(_pipe, _step, _timestep, given):
             seen.append(given["latents"].clone())
             return {}
 
@@ -336,8 +337,8 @@ class TestDroppedCandidates:
         unpruned = probe.trace(whole)
         half_way = []
 
-        def drop(_, index, timestep, given):
-            if index != 2:
+        def drop(_pipe, step, _timestep, given):
+            if step != 2:
                 return {}
             half_way.append(probe.trace())
             probe.keep([1, 2])
@@ -366,7 +367,7 @@ class TestDroppedCandidates:
     def test_dropping_without_telling_the_probe(self):
         pipe = tiny_sd()
 
-        def drop(_, index, timestep, given):
+        def drop(_pipe, _step, _timestep, given):
             return {"latents": given["latents"][:1], "prompt_embeds": given["prompt_embeds"][[0, 2]]}
 
         names = ["latents", "prompt_embeds"]
@@ -416,7 +417,7 @@ class TestRefusals:
     def test_lists_of_tensors_cannot_be_kept(self):
         pipe = tiny_sd()
         unet = pipe.unet
-        residuals = [torch.zeros(2, 8, 8, 8), torch.zeros(2, 8, 8, 8), torch.zeros(2, 8, 4, 4), torch.zeros(2, 16, 4, 4)]
+        residuals = [torch.zeros(2, *shape) for shape in ((8, 8, 8), (8, 8, 8), (8, 4, 4), (16, 4, 4))]
         with MIProbe(pipe) as probe, torch.no_grad():
             unet(
                 torch.ones(2, 4, 8, 8),
@@ -446,8 +447,9 @@ def family(name):
     small = {"patch_size": 2, "in_channels": 4, "num_layers": 1}
     heads = {"attention_head_dim": 8, "num_attention_heads": 2}
     if name == "sdxl":
-        pooled = {f"{x}pooled_prompt_embeds": embeddings(rng, 2, 8) for x in ("", "negative_")}
-        return tiny_sdxl(), texts | pooled
+        wide = {name: text.repeat(1, 1, 2) for name, text in texts.items()}
+        pooled = {f"{prefix}pooled_prompt_embeds": embeddings(rng, 2, 8) for prefix in ("", "negative_")}
+        return tiny_sdxl(), wide | pooled
     if name == "aura-flow":
         transformer = AuraFlowTransformer2DModel(
             sample_size=8,
@@ -461,6 +463,8 @@ def family(name):
             pos_embed_max_size=64,
             **heads,
         )
+        with torch.no_grad():
+            torch._foreach_mul_(list(transformer.parameters()), 1.5)  # else the prompt's share is lost in rounding
         return AuraFlowPipeline(transformer=wake(transformer), scheduler=flow, **parts), texts | masks
     if name == "cogview4":
         transformer = CogView4Transformer2DModel(
@@ -506,7 +510,8 @@ def family(name):
         use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0, solver_order=2
     )
     parts["vae"] = None  # its pipeline takes the scale 32 then
-    return SanaPipeline(transformer=wake(transformer), scheduler=scheduler, **parts), call | {"height": 256, "width": 256}
+    call |= {"height": 256, "width": 256}
+    return SanaPipeline(transformer=wake(transformer), scheduler=scheduler, **parts), call
 
 
 class TestFamilies:
@@ -526,7 +531,7 @@ class TestFamilies:
         trace = probe.trace(latents)
         difference = trace.difference[:, -1]
         assert trace.difference.shape == (2, 6)
-        assert (difference > 1e-8).all()
+        assert (difference > 1e-5).all()
         torch.testing.assert_close(trace.error_conditional[:, -1], 4 * difference, rtol=0.02, atol=0)
         torch.testing.assert_close(trace.error_null[:, -1], 9 * difference, rtol=0.02, atol=0)
         assert trace.dot_guided.isfinite().all()

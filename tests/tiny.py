@@ -6,12 +6,10 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
-    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from torch import nn
@@ -120,41 +118,6 @@ def tiny_sd3(seed: int = 0, shift: float = 1.0) -> StableDiffusion3Pipeline:
         scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
     )
     wake(pipe.transformer)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def tiny_sdxl(seed: int = 0) -> StableDiffusionXLPipeline:
-    """StableDiffusionXLPipeline on (4, 8, 8) latents without its first text encoder, Euler.
-
-    Call it with embeddings: prompt (B, L, 16), pooled (B, 8).
-    """
-    torch.manual_seed(seed)
-    tokenizer = tiny_tokenizer()
-    pipe = StableDiffusionXLPipeline(
-        vae=tiny_vae(),
-        text_encoder=None,
-        text_encoder_2=CLIPTextModelWithProjection(_text_config(tokenizer)).eval(),
-        tokenizer=None,
-        tokenizer_2=tokenizer,
-        unet=UNet2DConditionModel(
-            sample_size=8,
-            block_out_channels=(8, 16),
-            layers_per_block=1,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-            cross_attention_dim=16,
-            attention_head_dim=2,
-            norm_num_groups=4,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=4,
-            projection_class_embeddings_input_dim=6 * 4 + 8,
-        ).eval(),
-        scheduler=EulerDiscreteScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1
-        ),
-        add_watermarker=False,
-    )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -6,10 +6,21 @@ count, an object dropped or exchanged, an attribute exchanged.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+import torch
+from torch import Tensor
+
+from mitune.generate import condition
+from mitune.information import alpha_sigma, epsilon_difference
+from mitune.loss import denoising_errors as errors_of_output
+from mitune.models import Model
+from mitune.path import path_of
+from mitune.probe import denoiser_of
 from mitune.shapes.grammar import COLORS, INVERSE, NUMBERS, SHAPES, TEXTURES, Phrase, Prompt, parse
+
+LOG_SNR_RANGE = (-5.0, 2.0)  # where prompts are told apart: below, all is noise; above, the image tells by itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,3 +76,38 @@ def _next(value: str, values: tuple[str, ...], allowed: list[str]) -> str:
     """The first allowed value after `value` in the world's order: a fixed choice, spread over the values."""
     start = values.index(value)
     return next(v for v in (*values[start:], *values) if v in allowed)
+
+
+@torch.no_grad()
+def denoising_errors(
+    model: Model, latents: Tensor, prompts: Sequence[str], *, draws: int, seed: int, batch_size: int
+) -> Tensor:
+    """‖ε̂(z | p) − ε‖² of latents (N, C, H, W) with the prompt beside each, at `draws` evenly spaced log-SNRs: (N, draws).
+
+    All rows share their (λ, ε), so differences between prompts of one image are paired. No unconditional pass.
+    """
+    path, denoiser = path_of(model.pipe.scheduler), denoiser_of(model.pipe)
+    distinct = sorted(set(prompts))
+    at = {prompt: i for i, prompt in enumerate(distinct)}
+    known = condition(model, distinct, batch_size)
+    generator = torch.Generator().manual_seed(seed)
+    columns = []
+    for log_snr in torch.linspace(*LOG_SNR_RANGE, draws):
+        noise = torch.randn(1, *latents.shape[1:], generator=generator)
+        scale = epsilon_difference(torch.ones(()), *alpha_sigma(log_snr, is_flow=path.is_flow), path.predicts)
+        errors = []
+        for start in range(0, len(prompts), batch_size):
+            rows = slice(start, start + batch_size)
+            z = latents[rows].to(model.pipe.device)
+            index = [at[prompt] for prompt in prompts[rows]]
+            mean_square = errors_of_output(
+                denoiser,
+                z,
+                {name: value[index] for name, value in known.items()},
+                noise.expand_as(z).to(z.device),
+                path.timestep(log_snr).expand(len(z)).to(z.device),
+                path,
+            )
+            errors.append(scale.item() ** 2 * z[0].numel() * mean_square.cpu())
+        columns.append(torch.cat(errors))
+    return torch.stack(columns, dim=1)

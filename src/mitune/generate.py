@@ -98,6 +98,19 @@ def generate_all(
 
 
 @torch.no_grad()
+def condition(model: Model, prompts: Sequence[str], batch_size: int = 64) -> dict[str, Tensor]:
+    """What the pipeline tells its denoiser of each prompt, (N, ...) each: from a run of a single step."""
+    parts: list[dict[str, Tensor]] = []
+    call = model.call | {"num_inference_steps": 1, "output_type": "latent"}
+    for start in range(0, len(prompts), batch_size):
+        some = list(prompts[start : start + batch_size])
+        with MIProbe(model.pipe) as probe, quiet_pipelines():
+            model.pipe(prompt=some, generator=torch.Generator().manual_seed(0), **call)
+        parts.append(probe.conditioning)
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+@torch.no_grad()
 def decode(model: Model, latents: Tensor, batch_size: int = 64) -> list[Image.Image]:
     """Pictures of latents (N, C, H, W) that are in the denoiser's space."""
     vae, images = model.pipe.vae, []

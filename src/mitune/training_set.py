@@ -35,6 +35,9 @@ class TrainingSet:
         Raises MituneError if one is missing, damaged, or does not fit the others, or if a latent is not finite.
         """
         files = [folder / name for name in ("metadata.jsonl", "latents.safetensors", "conditioning.safetensors")]
+        for file in files:
+            if not file.is_file():
+                raise MituneError(f"{file} is missing; name a set that `mitune pool` has written.")
         try:
             rows = [json.loads(line) for line in files[0].read_text(encoding="utf-8").splitlines()]
             prompts = [str(row["prompt"]) for row in rows]
@@ -45,8 +48,6 @@ class TrainingSet:
             for file in files:
                 with file.open("rb") as opened:
                     checksum.update(hashlib.file_digest(opened, "sha256").digest())
-        except FileNotFoundError as error:
-            raise MituneError(f"{error.filename} is missing; name a set that `mitune pool` has written.") from error
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
             raise MituneError(f"{folder} holds a damaged fine-tuning set ({error!r}); make it again.") from error
         counts = {"latents": len(latents)} | {name: len(tensor) for name, tensor in conditioning.items()}

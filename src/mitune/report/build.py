@@ -89,6 +89,18 @@ def context(run: Path) -> Context:
     }
 
 
+def headline(run: Path) -> str:
+    """The verdict on the run's first selection in one sentence; empty if nothing was judged."""
+    told = context(run)["headline"]
+    if told is None:
+        return ""
+    return (
+        f"{told['verdict']}: {told['metric']} {told['base']} → {told['tuned']} with {told['variant']} (difference "
+        f"{told['difference']['value']} points, 95 % interval {told['difference']['span']}; prompts × images × seeds: "
+        f"{told['basis']})."
+    )
+
+
 def percent(share: float) -> str:
     """A share in percent, with a space that does not break: 42.0 %."""
     return "–" if math.isnan(share) else f"{100 * share:.1f}\u00a0%"

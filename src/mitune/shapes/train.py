@@ -11,6 +11,7 @@ import logging
 import math
 import random
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -93,7 +94,7 @@ def pixels(scenes: list[Scene]) -> Tensor:
 
 
 def train_autoencoder(folder: Path, config: AutoencoderConfig) -> AutoencoderKL:
-    """Trains the VAE, with a checkpoint every 500 steps; returns it with its scaling factor set."""
+    """Trains the VAE; returns it with its scaling factor set, so that the latents of the world have unit spread."""
     torch.manual_seed(config.seed)
     model = new_autoencoder()
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=0.0, betas=(0.9, 0.99))
@@ -120,8 +121,6 @@ def train_autoencoder(folder: Path, config: AutoencoderConfig) -> AutoencoderKL:
         running = 0.99 * running + 0.01 * loss.item() if step else loss.item()
         if step % 100 == 99:
             log.info("vae step %d: reconstruction %.4f, kl %.3f", step + 1, running, kl.item())
-        if step % 500 == 499:
-            model.save_pretrained(folder / "vae")
     with torch.no_grad():
         scenes = [sample_scene(sample_prompt(rng), rng) for _ in range(256)]
         spread = model.encode(pixels(scenes)).latent_dist.mode().std().item()
@@ -433,3 +432,20 @@ def export(folder: Path, name: str, config: DenoiserConfig, target: Path) -> Non
     settings = {"denoiser": asdict(config), "autoencoder": asdict(AutoencoderConfig()), "torch": torch.__version__}
     (target / "training.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     (target / "training.jsonl").write_text((folder / f"{name}.jsonl").read_text(encoding="utf-8"), encoding="utf-8")
+
+
+CONFIGS = {"shapes-sd": DenoiserConfig(steps=3000), "shapes-sd3": DenoiserConfig(steps=3500)}
+
+
+def train_all(work: Path, output: Path, names: Sequence[str], *, scenes: int) -> None:
+    """Everything from nothing: VAE, latents of the world, then the models; finished stages in `work` are kept."""
+    work.mkdir(parents=True, exist_ok=True)
+    if (work / "vae").is_dir():
+        vae = AutoencoderKL.from_pretrained(work / "vae")
+    else:
+        vae = train_autoencoder(work, AutoencoderConfig())
+    if not (work / "world.txt").exists():
+        encode_world(work, vae, scenes=scenes, seed=1)
+    for name in names:
+        train_denoiser(work, name, CONFIGS[name])
+        export(work, name, CONFIGS[name], output / name)
