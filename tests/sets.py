@@ -55,7 +55,9 @@ def tiny_sd3_with_t5() -> StableDiffusion3Pipeline:
     """`tiny_sd3` with a third text encoder, without which diffusers does not open a saved folder."""
     pipe = tiny_sd3()
     config = T5Config(vocab_size=200, d_model=32, d_kv=8, d_ff=8, num_layers=1, num_heads=1)
-    pipe.register_modules(text_encoder_3=T5EncoderModel(config).eval(), tokenizer_3=T5Tokenizer(model_max_length=TOKENS))
+    pipe.register_modules(
+        text_encoder_3=T5EncoderModel(config).eval(), tokenizer_3=T5Tokenizer(model_max_length=TOKENS)
+    )
     return pipe
 
 
@@ -88,8 +90,8 @@ def write_set(kind: str, folder: Path, *, weights: list[float] | None = None) ->
     folder.mkdir(parents=True)
     save_file({"latents": latents.contiguous()}, folder / "latents.safetensors")
     save_file({name: value.contiguous() for name, value in conditioning.items()}, folder / "conditioning.safetensors")
-    rows = [{"file_name": f"{i}.png", "prompt": prompt, "selection": "mi-tune"} for i, prompt in enumerate(prompts)]
-    for row, weight in zip(rows, weights or [], strict=False):
-        row["weight"] = weight  # type: ignore[assignment]
+    rows: list[dict[str, Any]] = [{"file_name": f"{i}.png", "prompt": prompt} for i, prompt in enumerate(prompts)]
+    for i, row in enumerate(rows):
+        row |= {"selection": "mi-tune"} | ({"weight": weights[i]} if weights else {})
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return folder

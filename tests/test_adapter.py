@@ -10,15 +10,27 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from mitune.adapter import WEIGHTS_FILE, adapted_layers, add_adapter, export_fused, load_weights, save_adapter, trainable
-from mitune.adapter import write_card
+from mitune.adapter import (
+    WEIGHTS_FILE,
+    adapted_layers,
+    add_adapter,
+    export_fused,
+    load_weights,
+    save_adapter,
+    trainable,
+    write_card,
+)
 from mitune.components import Components
 from mitune.config import FinetuneConfig, ModelConfig
 from mitune.errors import MituneError, ModelError
 from tests.sets import images_of, saved_pipeline
 from tests.tiny import tiny_sd, tiny_sd3
 
-TEXT_ENCODERS = {"sd": ["text_encoder"], "sdxl": ["text_encoder", "text_encoder_2"], "sd3": ["text_encoder", "text_encoder_2"]}
+TEXT_ENCODERS = {
+    "sd": ["text_encoder"],
+    "sdxl": ["text_encoder", "text_encoder_2"],
+    "sd3": ["text_encoder", "text_encoder_2"],
+}
 
 
 def config_of(adapter="dora", **changes):

@@ -54,7 +54,9 @@ def test_loaded_adapter_makes_the_images_of_the_tuned_model(kind, adapter, text_
     model, dataset = world[kind]
     kept = {}
     save = module.save_adapter
-    monkeypatch.setattr(module, "save_adapter", lambda folder, cls, modules: save(folder, cls, kept.update(modules) or modules))
+    monkeypatch.setattr(
+        module, "save_adapter", lambda folder, cls, modules: save(folder, cls, kept.update(modules) or modules)
+    )
     config = config_of(adapter=adapter, text_encoder=text_encoder)
     result = finetune(model, dataset, tmp_path / "adapter", config)
     assert (result.adapter, result.iterations, result.skipped) == (tmp_path / "adapter", 3, 0)
@@ -89,8 +91,9 @@ def test_training_lowers_the_loss(kind, world, tmp_path):
     config = config_of(iterations=60, batch_size=16, rank=8, alpha=16.0, timesteps=(0.7, 1.0))
     finetune(model, dataset, tmp_path, config)
     losses = torch.tensor([row["loss"] for row in rows_of(tmp_path)])
-    # The mean of 10 losses has a standard error of about 2 %, in the spread that batches alone make.
-    assert losses[-10:].mean() < 0.9 * losses[:10].mean()
+    first, last = losses[:10], losses[-10:]
+    standard_error = ((first.var() + last.var()) / 10).sqrt()
+    assert first.mean() - last.mean() > 4 * standard_error
 
 
 class Killed(Exception):
@@ -301,7 +304,9 @@ def test_moving_average_is_what_is_saved(world, tmp_path):
 def test_precision_may_change_from_call_to_call(world, tmp_path):
     model, dataset = world["sd"]
     for precision in ("no", "bf16", "no"):
-        finetune(model, dataset, tmp_path / f"{precision}-{len(list(tmp_path.iterdir()))}", config_of(precision=precision))
+        finetune(
+            model, dataset, tmp_path / f"{precision}-{len(list(tmp_path.iterdir()))}", config_of(precision=precision)
+        )
     exact, rounded, again = (history_of(tmp_path / name)[0]["loss"] for name in ("no-0", "bf16-1", "no-2"))
     assert exact == again != rounded
     assert rounded == pytest.approx(exact, rel=0.05)

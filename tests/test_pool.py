@@ -110,7 +110,9 @@ def test_scores_can_be_computed_again_without_the_model(model, tmp_path):
 
 def test_a_set_is_an_imagefolder_with_its_latents(model, tmp_path):
     folder = build_pool(model, PROMPTS, tmp_path / "pool", CONFIG).sets["self-confidence"]
-    loaded = datasets.load_dataset("imagefolder", data_dir=str(folder), split="train", cache_dir=str(tmp_path / "cache"))
+    loaded = datasets.load_dataset(
+        "imagefolder", data_dir=str(folder), split="train", cache_dir=str(tmp_path / "cache")
+    )
     rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
     assert sorted(loaded["prompt"]) == sorted(row["prompt"] for row in rows)
     latents = load_file(folder / "latents.safetensors")["latents"]

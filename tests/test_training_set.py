@@ -49,7 +49,9 @@ def _cut(name):
 
 def _latents(change):
     def apply(folder):
-        save_file({"latents": change(load_file(folder / "latents.safetensors")["latents"])}, folder / "latents.safetensors")
+        save_file(
+            {"latents": change(load_file(folder / "latents.safetensors")["latents"])}, folder / "latents.safetensors"
+        )
 
     return apply
 

@@ -12,7 +12,15 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from typer import Argument, Option
 
 from mitune.config import Config
@@ -54,9 +62,7 @@ Device = Annotated[str | None, Option(help="cpu, cuda, cuda:1, mps; the GPU if t
 RunFolder = Annotated[Path, Option("--run", "-r", help="Run folder; the same command goes on where it stopped.")]
 
 
-def _settings(
-    preset: str | None, file: Path | None, assignments: list[str] | None, options: dict[str, Any]
-) -> Config:
+def _settings(preset: str | None, file: Path | None, assignments: list[str] | None, options: dict[str, Any]) -> Config:
     """The resolved settings; options that were not given (None) leave the preset's or the file's value."""
     nested: dict[str, Any] = {}
     for key, value in options.items():
@@ -101,7 +107,9 @@ def tune(
     config_file: ConfigFile = None,
     model: ModelName = None,
     prompts: PromptSource = None,
-    eval_prompts: Annotated[str | None, Option(help="Held-out prompts to judge by; needs a model with a judge.")] = None,
+    eval_prompts: Annotated[
+        str | None, Option(help="Held-out prompts to judge by; needs a model with a judge.")
+    ] = None,
     candidates: Candidates = None,
     keep: Keep = None,
     select: Selection = None,
@@ -118,7 +126,7 @@ def tune(
 
     mitune tune --preset mi-tune-sd21 --prompts prompts.txt --run runs/sd21
 
-    mitune tune --model shapes-sd --prompts shapes:train/color --eval-prompts shapes:heldout/color -s self-confidence -s random
+    mitune tune --prompts shapes:train/color --eval-prompts shapes:heldout/color -s self-confidence -s random
     """
     options = {
         "model.name": model, "model.guidance_scale": guidance_scale, "model.device": device, "prompts": prompts,
@@ -153,7 +161,9 @@ def pool(
     seed: Seed = None,
     device: Device = None,
     adapter: Annotated[Path | None, Option(help="Adapter of an earlier round.")] = None,
-    shard: Annotated[str, Option(help="i/n: make every n-th prompt from the i-th on; n such commands share a folder.")] = "1/1",
+    shard: Annotated[
+        str, Option(help="i/n: make every n-th prompt from the i-th on; n such commands share a folder.")
+    ] = "1/1",
     assignments: Assignments = None,
     run: RunFolder = Path("runs/pool"),
 ) -> None:
@@ -208,12 +218,14 @@ def train(
     model: ModelName = None,
     device: Device = None,
     start_from: Annotated[Path | None, Option(help="Adapter to go on from.")] = None,
-    fused: Annotated[Path | None, Option(help="Also write the whole model with the adapter merged into it, here.")] = None,
+    fused: Annotated[
+        Path | None, Option(help="Also write the whole model with the adapter merged into it, here.")
+    ] = None,
     assignments: Assignments = None,
 ) -> None:
     """Fine-tune a LoRA or DoRA adapter on a set, from its cached latents and embeddings alone.
 
-    Example:  mitune train runs/color/sets/self-confidence --model shapes-sd --set finetune.adapter=dora -o runs/color/adapter
+    Example:  mitune train runs/color/sets/self-confidence --set finetune.adapter=dora -o runs/color/adapter
     """
     from mitune.adapter import export_fused
     from mitune.finetune import finetune
@@ -280,7 +292,9 @@ def score(
     estimator: Annotated[str, Option(help="standard, orthogonal or self-confidence.")] = "orthogonal",
     draws: Annotated[int, Option(min=2, help="Noisings of the picture; the error falls with their square root.")] = 64,
     seed: Annotated[int, Option(help="Seed of the noise.")] = 0,
-    heat_map: Annotated[Path | None, Option(help="Also save where in the picture the information lies, as a PNG.")] = None,
+    heat_map: Annotated[
+        Path | None, Option(help="Also save where in the picture the information lies, as a PNG.")
+    ] = None,
     device: Device = None,
 ) -> None:
     """Point-wise mutual information between a picture and a prompt, in nats, with its standard error.
@@ -306,7 +320,9 @@ def evaluate(
     run: Annotated[Path, Argument(exists=True, file_okay=False, help="A run folder with adapters.")],
     prompts: PromptSource = None,
     images: Annotated[int | None, Option("--images", "-n", help="Images a prompt.")] = None,
-    guidance: Annotated[list[float] | None, Option(help="Also judge the base at this guidance scale. Repeatable.")] = None,
+    guidance: Annotated[
+        list[float] | None, Option(help="Also judge the base at this guidance scale. Repeatable.")
+    ] = None,
 ) -> None:
     """Judge base and tuned models of a run on held-out prompts: same prompts, same seeds, paired intervals.
 
@@ -340,7 +356,9 @@ def report(run: Annotated[Path, Argument(exists=True, file_okay=False, help="A r
 
 
 @shapes_app.command(name="prompts")
-def shapes_prompts(name: Annotated[str, Argument(help="train or heldout, with a category if you like.")] = "train") -> None:
+def shapes_prompts(
+    name: Annotated[str, Argument(help="train or heldout, with a category if you like.")] = "train",
+) -> None:
     """Print an embedded prompt list, e.g. for a file of your own.
 
     Example:  mitune shapes prompts heldout/color
@@ -353,7 +371,9 @@ def shapes_prompts(name: Annotated[str, Argument(help="train or heldout, with a 
 
 @shapes_app.command(name="check")
 def shapes_check(
-    model: Annotated[str, Option("--model", "-m", help="shapes-sd, shapes-sd3, or a folder of such a model.")] = "shapes-sd",
+    model: Annotated[
+        str, Option("--model", "-m", help="shapes-sd, shapes-sd3, or a folder of such a model.")
+    ] = "shapes-sd",
     scenes: Annotated[int, Option(min=1, help="Rendered scenes a category, for what the model knows.")] = 500,
     images: Annotated[int, Option(min=1, help="Samples a held-out prompt, for what it shows.")] = 4,
     guidance_scale: Guidance = None,
@@ -372,7 +392,9 @@ def shapes_check(
     unknown = set(category or ()) - set(CATEGORIES)
     if unknown:
         raise MituneError(f"Unknown category {min(unknown)!r}; choose from {', '.join(CATEGORIES)}.")
-    loaded = load_model(_settings(None, None, None, {"model.name": model, "model.guidance_scale": guidance_scale}).model)
+    loaded = load_model(
+        _settings(None, None, None, {"model.name": model, "model.guidance_scale": guidance_scale}).model
+    )
     checks = []
     wanted = category or list(CATEGORIES)
     with _stage(f"Checking {model}") as step:

@@ -63,8 +63,9 @@ def _variations(prompt: Prompt) -> Iterator[tuple[str, Prompt]]:
             own = getattr(phrase, attribute)
             if own:
                 others = [value for value in values if value not in {getattr(p, attribute) for p in phrases}]
-                yield f"{attribute} exchanged", _with(
-                    prompt, {i: replace(phrase, **{attribute: _next(own, values, others)})}
+                yield (
+                    f"{attribute} exchanged",
+                    _with(prompt, {i: replace(phrase, **{attribute: _next(own, values, others)})}),
                 )
 
 
@@ -82,7 +83,7 @@ def _next(value: str, values: tuple[str, ...], allowed: list[str]) -> str:
 def denoising_errors(
     model: Model, latents: Tensor, prompts: Sequence[str], *, draws: int, seed: int, batch_size: int
 ) -> Tensor:
-    """‖ε̂(z | p) − ε‖² of latents (N, C, H, W) with the prompt beside each, at `draws` evenly spaced log-SNRs: (N, draws).
+    """‖ε̂(z | p) − ε‖² of latents (N, C, H, W) with the prompt beside each, at `draws` even log-SNRs: (N, draws).
 
     All rows share their (λ, ε), so differences between prompts of one image are paired. No unconditional pass.
     """

@@ -1,6 +1,6 @@
 """The model's own loss on its images, and what is random in it.
 
-    z = α z₀ + σ ε        loss = E‖network(z, t, p) − target‖²        target: ε, z₀, v = αε − σz₀ or (flow) v = ε − z₀
+z = α z₀ + σ ε        loss = E‖network(z, t, p) − target‖²        target: ε, z₀, v = αε − σz₀ or (flow) v = ε − z₀
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ def load_model(config: ModelConfig, *, adapter: Path | None = None) -> Model:
             f"{config.name} is a folder without model_index.json, so no diffusers pipeline; save one there with "
             "pipe.save_pretrained(folder), or name its parent folder."
         )
-    diffusers.utils.logging.disable_progress_bar()  # of the loading: it takes a moment, and mitune shows bars of its own
+    diffusers.utils.logging.disable_progress_bar()  # loading is quick, and mitune shows bars of its own
     transformers.utils.logging.disable_progress_bar()
     try:
         pipe = DiffusionPipeline.from_pretrained(
@@ -88,7 +88,7 @@ def load_model(config: ModelConfig, *, adapter: Path | None = None) -> Model:
     except (OSError, ValueError, json.JSONDecodeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
-            f"Cannot open the model {config.name!r} ({reason}); give a hub id, a folder that pipe.save_pretrained made, "
+            f"Cannot open the model {config.name!r} ({reason}); give a hub id, a folder made by pipe.save_pretrained, "
             f"or an embedded model ({', '.join(EMBEDDED)})."
         ) from error
     if adapter is not None:

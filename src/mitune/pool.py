@@ -10,7 +10,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from mitune.generate import Batch, Request, candidate_seed, decode, generate_all
 from mitune.information import SCORES, Trace
 from mitune.metrics.judgment import Metric
 from mitune.models import Model
-from mitune.select import ORACLE, Rule, apply, parse_rule
+from mitune.select import ORACLE, Rule, apply, parse_rule, select
 from mitune.store import Records, claim, write_bytes, write_image, write_table, write_tensors
 
 log = logging.getLogger(__name__)
@@ -66,45 +66,38 @@ def build_pool(
     identity: str = "",
     progress: Progress | None = None,
 ) -> PoolResult:
-    """Fills `folder` with the pool of `prompts` and one fine-tuning set for each of `config.select`.
+    """Fills `folder` with the pool of `prompts`, and `sets` beside it with a fine-tuning set for each selection.
 
     `shard` = (i, n) makes every n-th prompt alone, from the i-th on, so that n processes can share a folder; whoever
     finds all records present writes the sets. `identity` names what else made the images, e.g. an adapter's checksum.
     Raises MituneError for an unknown selection, an oracle without a metric, or a folder of other settings.
     """
-    rules = {rule.slug: rule for rule in (parse_rule(text, list(SCORES)) for text in config.select)}
-    if metric is None and any(rule.by == ORACLE for rule in rules.values()):
+    rules = [parse_rule(text, list(SCORES)) for text in config.select]
+    if metric is None and any(rule.by == ORACLE for rule in rules):
         raise MituneError("pool.select names 'oracle', but this model comes with no judge; leave it out.")
     settings = {"model": model.name, "call": model.call, "made_with": identity, "prompts": list(prompts)}
     claim(folder, settings | _identity_of(config), "pool")
-    records = Records(folder / "records")
     began = time.monotonic()
-    mine = [i for i in range(len(prompts)) if i % shard[1] == shard[0]]
-    todo = [i for i in mine if records.read(i) is None]
+    pool = _Pool(model, prompts, config, rules, metric, Records(folder / "records"))
+    mine = range(shard[0], len(prompts), shard[1])
+    todo = [index for index in mine if pool.records.read(index) is None]
     total, done = len(mine) * config.candidates, (len(mine) - len(todo)) * config.candidates
-    requests = [
-        Request(prompt=prompts[i], seed=candidate_seed(config.seed, prompts[i], j))
-        for i in todo
-        for j in range(config.candidates)
-    ]
-    owner = {prompts[i]: i for i in todo}
-    open_prompts: dict[int, _Open] = {}
+    requests = [pool.request(index, candidate) for index in todo for candidate in range(config.candidates)]
+    current = _Candidates()
     for chunk, batch in generate_all(model, requests, config.batch_size):
-        for row, request in enumerate(chunk):
-            index = owner[request.prompt]
-            current = open_prompts.setdefault(index, _Open())
-            _add(current, batch, row)
+        for row in range(len(chunk)):
+            current.add(batch, row)
             if len(current.latents) == config.candidates:
-                _finish(records, index, prompts[index], open_prompts.pop(index), model, config, rules, metric)
+                pool.finish(todo.pop(0), current)
+                current = _Candidates()
         done += len(chunk)
         if progress:
             progress(done, total)
-    result = assemble(model, prompts, folder, config, rules)
+    table = folder / "candidates.parquet"
+    sets = {rule.slug: folder.parent / "sets" / rule.slug for rule in rules}
+    dropped = pool.assemble(folder, table, sets)
     seconds = time.monotonic() - began
-    if result is None:
-        return PoolResult(folder, folder / "candidates.parquet", {}, total, 0, seconds)
-    table, sets, dropped = result
-    return PoolResult(folder, table, sets, total, dropped, seconds)
+    return PoolResult(folder, table, sets if dropped is not None else {}, total, dropped or 0, seconds)
 
 
 def _identity_of(config: PoolConfig) -> dict[str, object]:
@@ -114,86 +107,94 @@ def _identity_of(config: PoolConfig) -> dict[str, object]:
     return settings
 
 
-def _add(current: _Open, batch: Batch, row: int) -> None:
-    current.latents.append(batch.latents[row])
-    for name, values in batch.trace.select([row]).to_columns().items():
-        current.terms.setdefault(name, []).extend(values)
-    if not current.conditioning:
-        current.conditioning = {name: tensor[row] for name, tensor in batch.conditioning.items()}
-        current.conditioning |= {f"null.{name}": tensor[row] for name, tensor in batch.null_conditioning.items()}
+@dataclass(slots=True)
+class _Candidates:
+    """The candidates of one prompt, as far as they are made."""
+
+    latents: list[Tensor] = field(default_factory=list)
+    terms: dict[str, list[Any]] = field(default_factory=dict)  # of the trace, one entry a candidate
+    conditioning: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, batch: Batch, row: int) -> None:
+        self.latents.append(batch.latents[row])
+        for name, values in batch.trace.select([row]).to_columns().items():
+            self.terms.setdefault(name, []).extend(values)
+        if not self.conditioning:
+            self.conditioning = {name: tensor[row] for name, tensor in batch.conditioning.items()}
+            self.conditioning |= {f"null.{name}": tensor[row] for name, tensor in batch.null_conditioning.items()}
 
 
-def _finish(
-    records: Records,
-    index: int,
-    prompt: str,
-    current: _Open,
-    model: Model,
-    config: PoolConfig,
-    rules: dict[str, Rule],
-    metric: Metric | None,
-) -> None:
-    """Scores and judges the candidates of a prompt, selects among them and writes its record."""
-    latents = torch.stack(current.latents)
-    finite = torch.isfinite(latents).flatten(1).all(dim=1)
-    if not finite.all():
-        log.warning("%s: %d candidates came out as NaN and are left out.", prompt, int((~finite).sum()))
-    trace = Trace.from_columns(current.terms)
-    scores = {name: score(trace).where(finite, torch.nan).tolist() for name, score in SCORES.items()}
-    columns: dict[str, object] = {
-        "prompt_index": [index] * config.candidates,
-        "prompt": [prompt] * config.candidates,
-        "candidate": list(range(config.candidates)),
-        "seed": [candidate_seed(config.seed, prompt, j) for j in range(config.candidates)],
-        "status": ["ok" if ok else "nan" for ok in finite.tolist()],
-    }
-    if metric is not None:
-        judged = metric(decode(model, latents.nan_to_num()), [prompt] * config.candidates)
-        columns |= {name: [getattr(j, name) for j in judged] for name in ("exact", "graded", "malformed")}
-        graded = [j.graded - j.malformed for j in judged]  # a drawing that cannot be read comes after all others
-        scores[ORACLE] = torch.tensor(graded).where(finite, torch.nan).tolist()
-    columns |= {f"score.{name}": values for name, values in scores.items()}
-    columns |= current.terms
-    chosen = {slug: apply(rule, scores, config.keep, candidate_seed(config.seed, prompt, -1)) for slug, rule in rules.items()}
-    columns |= {f"kept.{slug}": [j in kept for j in range(config.candidates)] for slug, kept in chosen.items()}
-    extremes: list[int] = []
-    if index < SHOWN_PROMPTS:
-        by = scores[next(iter(rules.values())).by] if next(iter(rules.values())).by in scores else scores["mi-tune"]
-        order = torch.tensor(by).nan_to_num(nan=-torch.inf).argsort(descending=True).tolist()
-        extremes = order[:EXTREMES] + order[-EXTREMES:]
-    stored = sorted({j for kept in chosen.values() for j in kept} | set(extremes))
-    tensors = {"latents": latents[stored], "candidates": torch.tensor(stored)}
-    tensors |= {f"conditioning.{name}": tensor for name, tensor in current.conditioning.items()}
-    records.write(index, pa.table(columns), tensors)
+@dataclass(frozen=True, slots=True)
+class _Pool:
+    """What stays the same from prompt to prompt."""
+
+    model: Model
+    prompts: Sequence[str]
+    config: PoolConfig
+    rules: Sequence[Rule]
+    metric: Metric | None
+    records: Records
+
+    def request(self, index: int, candidate: int) -> Request:
+        prompt = self.prompts[index]
+        return Request(prompt=prompt, seed=candidate_seed(self.config.seed, prompt, candidate))
+
+    def finish(self, index: int, candidates: _Candidates) -> None:
+        """Scores and judges the candidates of a prompt, selects among them and writes the record."""
+        count, prompt = self.config.candidates, self.prompts[index]
+        latents = torch.stack(candidates.latents)
+        finite = torch.isfinite(latents).flatten(1).all(dim=1)
+        if not finite.all():
+            log.warning("%s: %d candidates came out as NaN and are left out.", prompt, int((~finite).sum()))
+        trace = Trace.from_columns(candidates.terms)
+        scores = {name: score(trace).where(finite, torch.nan).tolist() for name, score in SCORES.items()}
+        columns: dict[str, Sequence[Any]] = {
+            "prompt_index": [index] * count,
+            "prompt": [prompt] * count,
+            "candidate": range(count),
+            "seed": [self.request(index, candidate).seed for candidate in range(count)],
+            "status": ["ok" if ok else "nan" for ok in finite.tolist()],
+        }
+        if self.metric is not None:
+            judged = self.metric(decode(self.model, latents.nan_to_num()), [prompt] * count)
+            columns |= {name: [getattr(j, name) for j in judged] for name in ("exact", "graded", "malformed")}
+            graded = torch.tensor([j.graded - j.malformed for j in judged])  # what cannot be read comes last
+            scores[ORACLE] = graded.where(finite, torch.nan).tolist()
+        columns |= {f"score.{name}": values for name, values in scores.items()} | candidates.terms
+        stored = set(self._extremes(scores) if index < SHOWN_PROMPTS else ())
+        for rule in self.rules:
+            kept = apply(rule, scores, self.config.keep, candidate_seed(self.config.seed, prompt, -1))
+            columns[f"kept.{rule.slug}"] = [candidate in kept for candidate in range(count)]
+            stored |= set(kept)
+        tensors = {"latents": latents[sorted(stored)], "candidates": torch.tensor(sorted(stored))}
+        tensors |= {f"conditioning.{name}": tensor for name, tensor in candidates.conditioning.items()}
+        self.records.write(index, pa.table({name: list(values) for name, values in columns.items()}), tensors)
+
+    def _extremes(self, scores: Mapping[str, Sequence[float]]) -> list[int]:
+        """The best and the worst by the first score that selects, for the report to show."""
+        by = next((rule.by for rule in self.rules if rule.by in SCORES), "mi-tune")
+        order = select(scores[by], self.config.candidates)
+        return order[:EXTREMES] + order[-EXTREMES:]
+
+    def assemble(self, folder: Path, table: Path, sets: Mapping[str, Path]) -> int | None:
+        """Writes the table and the sets once all records are there; returns the number of NaN candidates, or None."""
+        loaded = [self.records.read(index) for index in range(len(self.prompts))]
+        records = [record for record in loaded if record is not None]
+        if len(records) < len(loaded):
+            return None
+        rows = pa.concat_tables([record[0] for record in records])
+        if not table.exists():
+            for index, (_, tensors) in enumerate(records[:SHOWN_PROMPTS]):
+                images = decode(self.model, tensors["latents"])
+                for candidate, image in zip(tensors["candidates"].tolist(), images, strict=True):
+                    write_image(folder / "extremes" / f"{index:05d}-{candidate:03d}.png", image)
+            for slug, target in sets.items():
+                _write_set(self.model, records, slug, target)
+            write_table(table, rows)  # last: its presence says that the sets are whole
+        return rows.column("status").to_pylist().count("nan")
 
 
-def assemble(
-    model: Model, prompts: Sequence[str], folder: Path, config: PoolConfig, rules: dict[str, Rule]
-) -> tuple[Path, dict[str, Path], int] | None:
-    """Writes candidates.parquet and the fine-tuning sets, or returns None while records are missing."""
-    records = Records(folder / "records")
-    sets_folder = folder.parent / "sets"
-    sets = {slug: sets_folder / slug for slug in rules}
-    table_file = folder / "candidates.parquet"
-    loaded = [records.read(i) for i in range(len(prompts))]
-    if any(record is None for record in loaded):
-        return None
-    complete = [record for record in loaded if record is not None]
-    table = pa.concat_tables([record[0] for record in complete])
-    dropped = table.column("status").to_pylist().count("nan")
-    if not table_file.exists():
-        for index, (_, tensors) in enumerate(complete[:SHOWN_PROMPTS]):
-            for j, image in zip(tensors["candidates"].tolist(), decode(model, tensors["latents"]), strict=True):
-                write_image(folder / "extremes" / f"{index:05d}-{j:03d}.png", image)
-        for slug, target in sets.items():
-            _write_set(model, complete, slug, rules[slug], target)
-        write_table(table_file, table)  # last: its presence says that the sets are whole
-    return table_file, sets, dropped
-
-
-def _write_set(
-    model: Model, records: Sequence[tuple[pa.Table, dict[str, Tensor]]], slug: str, rule: Rule, target: Path
-) -> None:
+def _write_set(model: Model, records: Sequence[tuple[pa.Table, dict[str, Tensor]]], slug: str, target: Path) -> None:
     """An imagefolder with metadata, latents and text embeddings of what one selection keeps."""
     if target.exists():
         shutil.rmtree(target)
@@ -207,7 +208,7 @@ def _write_set(
                 latents.append(tensors["latents"][position[row["candidate"]]])
                 conditioning.append({k: v for k, v in tensors.items() if k.startswith("conditioning.")})
     if not rows:
-        raise MituneError(f"The selection {rule.by!r} keeps no candidate at all; lower its threshold.")
+        raise MituneError(f"The selection {slug!r} keeps no candidate at all; lower its threshold.")
     stacked = torch.stack(latents)
     for row, image in zip(rows, decode(model, stacked), strict=True):
         write_image(target / row["file_name"], image)

@@ -28,7 +28,9 @@ def load_prompts(source: str, pipe: DiffusionPipeline | None = None) -> list[Lis
             ) from error
     path = Path(source)
     if not path.is_file():
-        raise MituneError(f"There is no prompt file {source}; give a text file with one prompt a line, or shapes:train.")
+        raise MituneError(
+            f"There is no prompt file {source}; give a text file with one prompt a line, or shapes:train."
+        )
     try:
         lines = path.read_bytes().decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:

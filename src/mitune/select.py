@@ -50,7 +50,9 @@ def parse_rule(text: str, scores: Sequence[str]) -> Rule:
     return Rule(by, float(number) if operator == ">=" else None, float(number) if operator == "@" else None)
 
 
-def select(values: Sequence[float], keep: int, *, threshold: float | None = None, quantile: float | None = None) -> list[int]:
+def select(
+    values: Sequence[float], keep: int, *, threshold: float | None = None, quantile: float | None = None
+) -> list[int]:
     """Indices of the `keep` largest finite values, best first; ties go to the earlier candidate."""
     array = np.asarray(values, dtype=np.float64)
     finite = np.flatnonzero(np.isfinite(array))

@@ -62,7 +62,11 @@ PRESETS: Mapping[str, Nested] = {
 
 
 def resolve(
-    *, preset: str | None = None, file: Path | None = None, assignments: Sequence[str] = (), options: Nested | None = None
+    *,
+    preset: str | None = None,
+    file: Path | None = None,
+    assignments: Sequence[str] = (),
+    options: Nested | None = None,
 ) -> Config:
     """The settings of a run: defaults, then a preset, a YAML file, `key=value` assignments, and given options.
 
@@ -95,7 +99,9 @@ def read_yaml(file: Path) -> Nested:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = str(error).splitlines()[0]
-        raise MituneError(f"Cannot read the settings in {file} ({reason}); give a YAML file such as a run's config.yaml.") from error
+        raise MituneError(
+            f"Cannot read the settings in {file} ({reason}); give a YAML file such as a run's config.yaml."
+        ) from error
     if content is not None and not isinstance(content, dict):
         raise MituneError(f"{file} holds no settings; it should look like a run's config.yaml.")
     return content or {}

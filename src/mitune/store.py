@@ -109,7 +109,9 @@ class Records:
             for file in (seal, table_file, tensor_file):
                 if file.exists():
                     file.replace(file.with_name(file.name + ".damaged"))
-            log.warning("Record %05d in %s is damaged; it is set aside as *.damaged and made again.", index, self.folder)
+            log.warning(
+                "Record %05d in %s is damaged; it is set aside as *.damaged and made again.", index, self.folder
+            )
             return None
 
 

@@ -1,6 +1,6 @@
 """The whole of Algorithm 1: pool, selection, fine-tuning, and again; then the verdict and the report.
 
-    prompts → pool → fine-tuning set → adapter → (next round, with the adapter) → evaluation → report
+prompts → pool → fine-tuning set → adapter → (next round, with the adapter) → evaluation → report
 """
 
 from __future__ import annotations
@@ -75,7 +75,9 @@ def tune(config: Config, run: Path, *, stages: Stages = silent) -> TuneResult:
     Raises MituneError for bad settings or prompts before anything is made.
     """
     if config.rounds > 1 and len(config.pool.select) > 1:
-        raise MituneError("pool.select must name a single score if rounds > 1: each further round builds on its adapter.")
+        raise MituneError(
+            "pool.select must name a single score if rounds > 1: each further round builds on its adapter."
+        )
     metric = metric_for(config.model.name)
     base = load_model(config.model)
     prompts = [listed.text for listed in load_prompts(config.prompts, base.pipe)]
@@ -87,13 +89,25 @@ def tune(config: Config, run: Path, *, stages: Stages = silent) -> TuneResult:
         folder = run / f"round-{number}"
         before = next(iter(adapters.values()), None)
         model = load_model(config.model, adapter=before) if before else base
-        with stages(f"Round {number}: making and scoring candidates") as step, _cost(run, f"pool, round {number}") as cost:
+        with (
+            stages(f"Round {number}: making and scoring candidates") as step,
+            _cost(run, f"pool, round {number}") as cost,
+        ):
             pool = build_pool(
-                model, prompts, folder / "pool", config.pool, metric=metric, identity=adapter_checksum(before), progress=step
+                model,
+                prompts,
+                folder / "pool",
+                config.pool,
+                metric=metric,
+                identity=adapter_checksum(before),
+                progress=step,
             )
             cost |= {"candidates": pool.candidates, "denoiser_calls": pool.candidates * model.steps}
         for slug, dataset in pool.sets.items():
-            with stages(f"Round {number}: fine-tuning on {slug}") as step, _cost(run, f"fine-tuning on {slug}, round {number}"):
+            with (
+                stages(f"Round {number}: fine-tuning on {slug}") as step,
+                _cost(run, f"fine-tuning on {slug}, round {number}"),
+            ):
                 result = finetune(
                     config.model,
                     dataset,

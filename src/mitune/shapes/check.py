@@ -17,7 +17,7 @@ from mitune.generate import Request, candidate_seed, decode, generate_all
 from mitune.metrics.judgment import shapes_metric
 from mitune.models import Model
 from mitune.score import encode_images
-from mitune.shapes.grammar import CATEGORIES, parse
+from mitune.shapes.grammar import parse
 from mitune.shapes.prompts import prompt_list
 from mitune.shapes.scene import picture, sample_scene
 
@@ -80,9 +80,7 @@ def check_category(
     )
 
 
-def _knows(
-    model: Model, category: str, scenes: int, seed: int, batch_size: int
-) -> tuple[Share, dict[str, Share]]:
+def _knows(model: Model, category: str, scenes: int, seed: int, batch_size: int) -> tuple[Share, dict[str, Share]]:
     rng = random.Random(f"{seed} {category}")
     asked = [rng.choice(prompt_list(category)).text for _ in range(scenes)]
     latents = encode_images(model.pipe, [picture(sample_scene(parse(text), rng)) for text in asked])

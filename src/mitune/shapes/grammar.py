@@ -128,13 +128,10 @@ def _pairs(relations: tuple[str | None, ...], *, colors: bool, textures: bool = 
 def forms() -> tuple[Form, ...]:
     """Every form of prompt; the weights add up to one."""
     singles = tuple(
-        Prompt((Phrase(s, 1, c, t),))
-        for s, c, t in itertools.product(SHAPES, (None, *COLORS), (None, *TEXTURES))
+        Prompt((Phrase(s, 1, c, t),)) for s, c, t in itertools.product(SHAPES, (None, *COLORS), (None, *TEXTURES))
     )
     listed = tuple(Prompt(tuple(map(Phrase, shapes))) for n in (2, 3, 4) for shapes in _of_shapes(n))
-    numbers = tuple(
-        Prompt((Phrase(s, n, c),)) for s, n, c in itertools.product(SHAPES, range(1, 7), (None, *COLORS))
-    )
+    numbers = tuple(Prompt((Phrase(s, n, c),)) for s, n, c in itertools.product(SHAPES, range(1, 7), (None, *COLORS)))
     two_numbers = tuple(
         Prompt((Phrase(s1, n1), Phrase(s2, n2)))
         for (s1, s2), n1, n2 in itertools.product(_of_shapes(2), range(1, 5), range(1, 5))

@@ -98,8 +98,12 @@ def _read_row(row: Array) -> tuple[list[tuple[int, int]], Array]:
     empty = [float(((strip - ground) ** 2).sum()) for strip in strips]
     _, _, drawn = _templates()
     threshold = OBJECT_COST / 2
-    left = [_squared_distance(s, drawn[:, :, :STEP]) if e > threshold else None for s, e in zip(strips, empty, strict=True)]
-    right = [_squared_distance(s, drawn[:, :, STEP:]) if e > threshold else None for s, e in zip(strips, empty, strict=True)]
+    left = [
+        _squared_distance(s, drawn[:, :, :STEP]) if e > threshold else None for s, e in zip(strips, empty, strict=True)
+    ]
+    right = [
+        _squared_distance(s, drawn[:, :, STEP:]) if e > threshold else None for s, e in zip(strips, empty, strict=True)
+    ]
 
     # best[c]: least cost of the first c columns, with the objects that explain them and the error of each column.
     best: list[tuple[float, list[tuple[int, int]], list[float]]] = [(0.0, [], [])]
@@ -142,4 +146,8 @@ def _read_overlap(middle: Array, first: Array, last: Array) -> tuple[list[tuple[
     shared = np.stack([((drawing - middle) ** 2).sum(axis=(2, 3, 4)) for drawing in (left_in_front, right_in_front)])
     front, i, j = np.unravel_index(int(np.argmin(shared + free)), shared.shape)
     a, b = (0, int(lefts[i])), (1, int(rights[j]))
-    return [b, a] if front == 0 else [a, b], [float(first[lefts[i]]), float(shared[front, i, j]), float(last[rights[j]])]
+    return [b, a] if front == 0 else [a, b], [
+        float(first[lefts[i]]),
+        float(shared[front, i, j]),
+        float(last[rights[j]]),
+    ]

@@ -92,9 +92,7 @@ def sample_scene(prompt: Prompt, rng: random.Random) -> Scene:
 
 def fits(scene: Scene, prompt: Prompt) -> bool:
     """Whether the scene holds all that the prompt says, and nothing else."""
-    return {o.shape for o in scene} == {p.shape for p in prompt.phrases} and all(
-        met for _, met in parts(scene, prompt)
-    )
+    return {o.shape for o in scene} == {p.shape for p in prompt.phrases} and all(met for _, met in parts(scene, prompt))
 
 
 def parts(scene: Sequence[Object], prompt: Prompt) -> list[tuple[str, bool]]:

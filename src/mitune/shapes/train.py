@@ -33,7 +33,15 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 from mitune.shapes.grammar import CATEGORIES, COLORS, SHAPES, TEXTURES, forms, sample_prompt, vocabulary
 from mitune.shapes.judge import judge
@@ -397,9 +405,7 @@ def _save_state(
     partial_file.replace(path)
 
 
-def _load_state(
-    path: Path, trainee: Trainee, average: dict[str, Tensor], optimizer: torch.optim.Optimizer
-) -> int:
+def _load_state(path: Path, trainee: Trainee, average: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> int:
     """Restores a checkpoint in place; returns the steps done, 0 if there is none."""
     if not path.exists():
         return 0

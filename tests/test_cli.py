@@ -1,0 +1,97 @@
+"""The command line as a user meets it: help that teaches, errors in a sentence, and a whole small run."""
+
+import json
+import subprocess
+import sys
+
+import pyarrow.parquet as pq
+import pytest
+
+COMMANDS = ["demo", "tune", "pool", "train", "generate", "score", "eval", "report"]
+
+
+def mitune(*arguments, cwd, status=0):
+    """Runs the real command in its own process; returns what it printed."""
+    command = [sys.executable, "-c", "from mitune.cli import main; main()", *map(str, arguments)]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600)
+    shown = " ".join((done.stdout + done.stderr).split())
+    assert done.returncode == status, shown
+    assert "Traceback" not in shown
+    return shown
+
+
+def test_help_teaches(tmp_path):
+    shown = mitune("--help", cwd=tmp_path)
+    assert all(command in shown for command in COMMANDS)
+    assert "Example" in mitune("tune", "--help", cwd=tmp_path)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    (folder / "one.txt").write_text("a red circle\n")
+    (folder / "two.txt").write_text("a red circle\n\na blue square\n")
+    (folder / "long.txt").write_text("a red circle, " * 20 + "\n")
+    (folder / "empty.txt").write_text("")
+    (folder / "no-model").mkdir()
+    (folder / "full").mkdir()
+    (folder / "full" / "notes.txt").write_text("mine")
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["pool", "-m", "no-model"], "no-model is a folder without model_index.json"),
+        (["pool", "-m", "nobody/nothing-here"], "Cannot open the model 'nobody/nothing-here'"),
+        (["pool", "-p", "absent.txt"], "There is no prompt file absent.txt"),
+        (["pool", "-p", "empty.txt"], "empty.txt holds no prompt"),
+        (["pool", "-p", "two.txt"], "two.txt:2: the line is blank"),
+        (["pool", "-p", "long.txt"], "long.txt:1:"),
+        (["pool", "-p", "shapes:train/colour"], "categories: color"),
+        (["pool", "-p", "one.txt", "-M", "2", "-k", "3"], "pool.keep = 3 must lie between 1 and pool.candidates = 2"),
+        (["pool", "-p", "one.txt", "-s", "magic"], "Unknown selection 'magic'"),
+        (["pool", "-p", "one.txt", "--shard", "3/2"], "--shard '3/2'"),
+        (["tune", "--preset", "sd99"], "Unknown preset 'sd99'"),
+        (["tune", "-p", "one.txt", "--run", "full"], "full is not empty and holds no run"),
+        (["tune", "-p", "one.txt", "--guidance-scale", "1"], "must be above 1"),
+        (["shapes", "check", "--category", "colour"], "Unknown category 'colour'"),
+        (["report", "full"], "config.yaml"),
+    ],
+)
+def test_bad_input_is_one_sentence(folder, arguments, sentence):
+    shown = mitune(*arguments, cwd=folder, status=2)
+    assert sentence in shown
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["shapes-sd", "shapes-sd3"])
+def test_a_whole_small_run(tmp_path, model):
+    """Two rounds, judged; run again it changes nothing, and with other settings it is refused."""
+    (tmp_path / "prompts.txt").write_text("a red circle and a blue square\nthree green crosses\n")
+    arguments = ["tune", "-m", model, "-p", "prompts.txt", "--eval-prompts", "prompts.txt", "-M", 4, "--rounds", 2]
+    arguments += ["--run", "run", "--set", "pool.batch_size=8", "--set", "eval.images=2", "--set", "model.steps=4"]
+    tiny = {"adapter": "lora", "rank": 4, "batch_size": 4, "iterations": 3, "timesteps": [0.0, 1.0]}
+    arguments += [part for key, value in tiny.items() for part in ("--set", f"finetune.{key}={json.dumps(value)}")]
+    shown = mitune(*arguments, cwd=tmp_path)
+    assert "report.html" in shown
+    run = tmp_path / "run"
+    assert (run / "round-2" / "adapters" / "self-confidence" / "pytorch_lora_weights.safetensors").is_file()
+    rows = pq.read_table(run / "eval" / "images.parquet").to_pydict()
+    assert sorted(set(rows["variant"])) == ["base", "self-confidence"]
+    assert len(rows["variant"]) == 2 * 2 * 2
+    before = {f: f.read_bytes() for f in run.rglob("*") if f.is_file() and f.name != "cost.json"}
+    mitune(*arguments, cwd=tmp_path)
+    after = {f: f.read_bytes() for f in run.rglob("*") if f.is_file() and f.name != "cost.json"}
+    assert {f for f in before if before[f] != after[f]} <= {run / "report.html"}
+    assert "is a run of other settings" in mitune(*arguments, "-M", 5, cwd=tmp_path, status=2)
+
+
+@pytest.mark.slow
+def test_generate_and_score(tmp_path):
+    mitune("generate", "a red circle and a blue square", "-n", 2, "-o", "images", cwd=tmp_path)
+    picture = tmp_path / "images" / "001-002.png"
+    right = mitune("score", picture, "a red circle and a blue square", "--heat-map", "map.png", cwd=tmp_path)
+    assert "nats" in right
+    assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
