@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -15,7 +14,7 @@ from torch import nn
 
 from mitune.config import ModelConfig
 from mitune.errors import ModelError
-from mitune.models import model_folder
+from mitune.models import model_folder, opening
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +30,7 @@ class Components:
 
         Raises ModelError if there is no such model, or if its kind has no denoiser or no adapters in diffusers.
         """
-        with _opening(config):
+        with opening(config):
             index = DiffusionPipeline.load_config(model_folder(config.name), revision=config.revision)
         name = index["_class_name"]
         if not hasattr(getattr(diffusers, name, None), "save_lora_weights") or not {"unet", "transformer"} & set(index):
@@ -61,7 +60,7 @@ class Components:
 
     def denoiser(self) -> nn.Module:
         """The denoiser, on the CPU, in the dtype of the settings."""
-        with _opening(self.config):
+        with opening(self.config):
             module: nn.Module = AutoModel.from_pretrained(
                 model_folder(self.config.name), subfolder=self.denoiser_name, **self._options()
             )
@@ -70,7 +69,7 @@ class Components:
     def scheduler(self) -> Any:
         """The scheduler that the pipeline comes with."""
         _, name = self.index["scheduler"]
-        with _opening(self.config):
+        with opening(self.config):
             return getattr(diffusers, name).from_pretrained(
                 model_folder(self.config.name), subfolder="scheduler", revision=self.config.revision
             )
@@ -83,29 +82,17 @@ class Components:
             for name, part in self.index.items()
             if isinstance(part, list) and not (_is_present(part) and name.startswith(kept))
         }
-        with _opening(self.config):
+        with opening(self.config):
             return self.pipeline_class.from_pretrained(model_folder(self.config.name), **self._options(), **absent)
 
     def _options(self) -> dict[str, Any]:
         return {
             "revision": self.config.revision,
             "variant": self.config.variant,
-            "torch_dtype": getattr(torch, self.config.dtype),
+            "dtype": getattr(torch, self.config.dtype),
             "use_safetensors": True,
         }
 
 
 def _is_present(part: Any) -> bool:
     return isinstance(part, list) and part[0] is not None  # the list's entry is [library, class], or nulls
-
-
-@contextmanager
-def _opening(config: ModelConfig) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ModelError(
-            f"Cannot open the model {config.name!r} ({reason}); give a hub id, a folder that pipe.save_pretrained "
-            "made, or the name of an embedded model."
-        ) from error

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -21,8 +21,8 @@ from mitune.errors import ModelError
 
 # What each embedded model is called with; other models keep their pipeline's own defaults.
 EMBEDDED: Mapping[str, Mapping[str, Any]] = {
-    "shapes-sd": {"guidance_scale": 2.0, "num_inference_steps": 20},
-    "shapes-sd3": {"guidance_scale": 2.0, "num_inference_steps": 20, "max_sequence_length": 1},
+    "shapes-sd": {"guidance_scale": 2.0, "num_inference_steps": 12},
+    "shapes-sd3": {"guidance_scale": 2.0, "num_inference_steps": 12, "max_sequence_length": 1},
 }
 
 
@@ -75,26 +75,35 @@ def load_model(config: ModelConfig, *, adapter: Path | None = None) -> Model:
             f"{config.name} is a folder without model_index.json, so no diffusers pipeline; save one there with "
             "pipe.save_pretrained(folder), or name its parent folder."
         )
-    diffusers.utils.logging.disable_progress_bar()  # loading is quick, and mitune shows bars of its own
-    transformers.utils.logging.disable_progress_bar()
-    try:
+    with opening(config):
+        index = DiffusionPipeline.load_config(folder, revision=config.revision)
         pipe = DiffusionPipeline.from_pretrained(
             folder,
             revision=config.revision,
             variant=config.variant,
             dtype=getattr(torch, config.dtype),
             use_safetensors=True,
+            **{name: None for name, part in index.items() if part == [None, None]},  # SD3 without T5 says so, too
         )
-    except (OSError, ValueError, json.JSONDecodeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(
-            f"Cannot open the model {config.name!r} ({reason}); give a hub id, a folder made by pipe.save_pretrained, "
-            f"or an embedded model ({', '.join(EMBEDDED)})."
-        ) from error
     if adapter is not None:
         load_adapter(pipe, adapter)
     pipe.set_progress_bar_config(disable=True)
     return Model(pipe.to(device_of(config)), call_arguments(config), config.name)
+
+
+@contextmanager
+def opening(config: ModelConfig) -> Iterator[None]:
+    """Turns what diffusers and the hub raise for a model that cannot be read into one ModelError."""
+    diffusers.utils.logging.disable_progress_bar()  # loading is quick, and mitune shows bars of its own
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ModelError(
+            f"Cannot open the model {config.name!r} ({reason}); give a hub id, a folder made by pipe.save_pretrained, "
+            f"or an embedded model ({', '.join(EMBEDDED)})."
+        ) from error
 
 
 def load_adapter(pipe: DiffusionPipeline, adapter: Path) -> None:

@@ -39,7 +39,9 @@ _FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
         "AuraFlowTransformer2DModel": Family(timestep_factor=1e-3),
         "CogView4Transformer2DModel": Family(separate_calls=True),
-        "Lumina2Transformer2DModel": Family(True, timestep_factor=-1e-3, timestep_offset=1.0, negated=True),
+        "Lumina2Transformer2DModel": Family(
+            separate_calls=True, timestep_factor=-1e-3, timestep_offset=1.0, negated=True
+        ),
     }
 )
 

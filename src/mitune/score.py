@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -137,7 +137,7 @@ class _PipelineDenoiser:
         self, pipe: Any, path: NoisePath, latents: Tensor, prompts: Sequence[str], call: Mapping[str, Any]
     ) -> None:
         self.denoiser = denoiser_of(pipe)
-        self.dtype: Any = self.denoiser.dtype
+        self.dtype = cast(torch.dtype, self.denoiser.dtype)
         self.family = family_of(self.denoiser)
         self.path = path
         size = [pipe.vae_scale_factor * side for side in latents.shape[-2:]]
@@ -151,6 +151,8 @@ class _PipelineDenoiser:
             "generator": Generator().manual_seed(0),  # a sampler that draws must not touch the global state
             "output_type": "latent",
         }
+        if isinstance(negative := call.get("negative_prompt"), str):
+            ours["negative_prompt"] = [negative] * len(prompts)  # some pipelines want it of the prompt's own type
         with MIProbe(pipe) as probe:
             pipe(**{**call, **ours})
         self.null, self.conditional = probe.null_conditioning, probe.conditioning

@@ -18,7 +18,7 @@ RIGHT, WRONG, MALFORMED = "#2f9e44", "#e03131", "#868e96"
 
 
 def save_grid(model: Model, file: Path, *, images: int, seed: int) -> None:
-    """One held-out prompt a category, `images` samples each; frames are green (right), red (wrong), grey (malformed)."""
+    """One held-out prompt a category, `images` samples each; frames: green (right), red (wrong), grey (malformed)."""
     prompts = [next(p.text for p in prompt_list(category) if p.split == "unseen") for category in CATEGORIES]
     requests = [Request(prompt=p, seed=candidate_seed(seed, p, j)) for p in prompts for j in range(images)]
     pictures, judged = [], []
