@@ -1,0 +1,35 @@
+"""What does a forward pass of the embedded denoisers cost?  A batch of 64 on 2 threads.  python benchmarks/forward.py"""
+
+import platform
+import statistics
+import timeit
+
+import torch
+
+from mitune.config import ModelConfig
+from mitune.generate import condition
+from mitune.models import EMBEDDED, load_model
+from mitune.probe import denoiser_of, unflatten
+
+BATCH, REPEATS = 64, 20
+
+
+@torch.no_grad()
+def main() -> None:
+    torch.set_num_threads(2)
+    for name in EMBEDDED:
+        model = load_model(ModelConfig(name=name, device="cpu"))
+        denoiser = denoiser_of(model.pipe)
+        arguments = unflatten(condition(model, ["a red circle and a blue square"] * BATCH))
+        latents, timestep = torch.randn(BATCH, 8, 8, 8), torch.full((BATCH,), 500.0)
+
+        def forward(denoiser=denoiser, latents=latents, timestep=timestep, arguments=arguments) -> None:
+            denoiser(latents, timestep=timestep, **arguments, return_dict=False)
+
+        forward()  # the first call builds caches
+        times = [timeit.timeit(forward, number=1) / BATCH * 1e3 for _ in range(REPEATS)]
+        print(f"{name}: {statistics.median(times):.2f} ms a sample, {min(times):.2f} to {max(times):.2f} ({platform.machine()})")
+
+
+if __name__ == "__main__":
+    main()
