@@ -1,4 +1,4 @@
-"""What does a forward pass of the embedded denoisers cost?  A batch of 64 on 2 threads.  python benchmarks/forward.py"""
+"""What does a forward pass of the embedded denoisers cost, 64 on 2 threads?  python benchmarks/forward.py"""
 
 import platform
 import statistics
@@ -28,7 +28,8 @@ def main() -> None:
 
         forward()  # the first call builds caches
         times = [timeit.timeit(forward, number=1) / BATCH * 1e3 for _ in range(REPEATS)]
-        print(f"{name}: {statistics.median(times):.2f} ms a sample, {min(times):.2f} to {max(times):.2f} ({platform.machine()})")
+        spread = f"{min(times):.2f} to {max(times):.2f}"
+        print(f"{name}: {statistics.median(times):.2f} ms a sample, {spread} ({platform.machine()})")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from mitune.metrics.statistics import markdown_table, summarize
 from mitune.report.build import headline
 from mitune.settings import resolve
-from mitune.tune import tune
+from mitune.tuning import tune
 
 HEADER = """# Results on the embedded models
 

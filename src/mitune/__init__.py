@@ -18,13 +18,13 @@ _HOME = {
     "SCORES": "information",
     "Trace": "information",
     "MIProbe": "probe",
-    "score": "score",
+    "score": "scoring",
     "load_model": "models",
     "build_pool": "pool",
-    "select": "select",
-    "finetune": "finetune",
-    "tune": "tune",
-    "evaluate": "evaluate",
+    "select": "selection",
+    "finetune": "finetuning",
+    "tune": "tuning",
+    "evaluate": "evaluation",
     "build_report": "report.build",
 }
 __all__ = list(_HOME)

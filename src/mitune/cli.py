@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -138,7 +138,7 @@ def tune(
 
 def _tune(config: Config, run: Path) -> None:
     from mitune.report.build import headline
-    from mitune.tune import tune as run_tune
+    from mitune.tuning import tune as run_tune
 
     result = run_tune(config, run, stages=_stage)
     if result.verdict is not None:
@@ -228,7 +228,7 @@ def train(
     Example:  mitune train runs/color/sets/self-confidence --set finetune.adapter=dora -o runs/color/adapter
     """
     from mitune.adapter import export_fused
-    from mitune.finetune import finetune
+    from mitune.finetuning import finetune
 
     config = _settings(preset, config_file, assignments, {"model.name": model, "model.device": device})
     with _stage("Fine-tuning") as step:
@@ -289,8 +289,10 @@ def score(
     prompt: Annotated[str, Argument(help="The prompt to hold it against, in quotes.")],
     model: ModelName = None,
     adapter: Annotated[Path | None, Option(help="Adapter folder.")] = None,
-    estimator: Annotated[str, Option(help="standard, orthogonal or self-confidence.")] = "orthogonal",
-    draws: Annotated[int, Option(min=2, help="Noisings of the picture; the error falls with their square root.")] = 64,
+    estimator: Annotated[
+        Literal["standard", "orthogonal", "self-confidence"], Option(help="What is estimated.")
+    ] = "orthogonal",
+    draws: Annotated[int, Option(min=4, help="Noisings, a multiple of 4; the error falls with their root.")] = 64,
     seed: Annotated[int, Option(help="Seed of the noise.")] = 0,
     heat_map: Annotated[
         Path | None, Option(help="Also save where in the picture the information lies, as a PNG.")
@@ -304,12 +306,15 @@ def score(
     from PIL import Image
 
     from mitune.models import load_model
-    from mitune.score import save_heat_map, score_images
+    from mitune.scoring import save_heat_map
+    from mitune.scoring import score as score_images
 
     config = _settings(None, None, None, {"model.name": model, "model.device": device})
     loaded = load_model(config.model, adapter=adapter)
     picture = Image.open(image).convert("RGB")
-    result = score_images(loaded.pipe, [picture], [prompt], estimator=estimator, draws=draws, seed=seed)
+    result = score_images(
+        loaded.pipe, [picture], [prompt], estimator=estimator, draws=draws, seed=seed, call=loaded.call
+    )
     typer.echo(str(result.estimates[0]))
     if heat_map is not None:
         save_heat_map(heat_map, picture, result.maps[0])
@@ -330,7 +335,7 @@ def evaluate(
     """
     from mitune.report.build import build_report, headline
     from mitune.settings import from_mapping, read_yaml
-    from mitune.tune import judge_run
+    from mitune.tuning import judge_run
 
     config = from_mapping(read_yaml(run / "config.yaml"))
     judged = replace(

@@ -45,7 +45,7 @@ def _variations(prompt: Prompt) -> Iterator[tuple[str, Prompt]]:
             for j in range(i + 1, len(phrases)):
                 a, b = getattr(phrases[i], attribute), getattr(phrases[j], attribute)
                 if a and b and a != b:
-                    changes = {i: replace(phrases[i], **{attribute: b}), j: replace(phrases[j], **{attribute: a})}
+                    changes = {i: _changed(phrases[i], attribute, b), j: _changed(phrases[j], attribute, a)}
                     yield f"{attribute} swapped", _with(prompt, changes)
     if prompt.relation:
         yield "relation turned", replace(prompt, relation=INVERSE[prompt.relation])
@@ -61,12 +61,14 @@ def _variations(prompt: Prompt) -> Iterator[tuple[str, Prompt]]:
             yield "object exchanged", _with(prompt, {i: replace(phrase, shape=_next(phrase.shape, SHAPES, others))})
         for attribute, values in (("color", COLORS), ("texture", TEXTURES)):
             own = getattr(phrase, attribute)
-            if own:
-                others = [value for value in values if value not in {getattr(p, attribute) for p in phrases}]
-                yield (
-                    f"{attribute} exchanged",
-                    _with(prompt, {i: replace(phrase, **{attribute: _next(own, values, others)})}),
-                )
+            others = [value for value in values if value not in {getattr(p, attribute) for p in phrases}]
+            if own and others:
+                other = _changed(phrase, attribute, _next(own, values, others))
+                yield f"{attribute} exchanged", _with(prompt, {i: other})
+
+
+def _changed(phrase: Phrase, attribute: str, value: str) -> Phrase:
+    return replace(phrase, color=value) if attribute == "color" else replace(phrase, texture=value)
 
 
 def _with(prompt: Prompt, changes: dict[int, Phrase]) -> Prompt:

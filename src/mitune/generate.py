@@ -62,7 +62,7 @@ def quiet_pipelines() -> Iterator[None]:
 def generate(model: Model, requests: Sequence[Request], batch_size: int) -> Batch:
     """Runs the pipeline once, with the probe, for at most `batch_size` requests."""
     filled = [requests[i % len(requests)] for i in range(batch_size)]
-    with MIProbe(model.pipe) as probe, quiet_pipelines():
+    with MIProbe(model.pipe, guidance_scale=model.call.get("guidance_scale")) as probe, quiet_pipelines():
         latents = model.pipe(
             prompt=[request.prompt for request in filled],
             generator=[torch.Generator().manual_seed(request.seed) for request in filled],
@@ -99,9 +99,9 @@ def generate_all(
 
 @torch.no_grad()
 def condition(model: Model, prompts: Sequence[str], batch_size: int = 64) -> dict[str, Tensor]:
-    """What the pipeline tells its denoiser of each prompt, (N, ...) each: from a run of a single step."""
+    """What the pipeline tells its denoiser of each prompt, (N, ...) each: from a run of two steps."""
     parts: list[dict[str, Tensor]] = []
-    call = model.call | {"num_inference_steps": 1, "output_type": "latent"}
+    call = model.call | {"num_inference_steps": 2, "output_type": "latent"}
     for start in range(0, len(prompts), batch_size):
         some = list(prompts[start : start + batch_size])
         with MIProbe(model.pipe) as probe, quiet_pipelines():
@@ -115,7 +115,8 @@ def decode(model: Model, latents: Tensor, batch_size: int = 64) -> list[Image.Im
     """Pictures of latents (N, C, H, W) that are in the denoiser's space."""
     vae, images = model.pipe.vae, []
     shift = getattr(vae.config, "shift_factor", None) or 0.0
-    for chunk in latents.split(batch_size):
+    for start in range(0, len(latents), batch_size):
+        chunk = latents[start : start + batch_size]
         scaled = chunk.to(vae.device, vae.dtype) / vae.config.scaling_factor + shift
         decoded = vae.decode(scaled, return_dict=False)[0]
         images += model.pipe.image_processor.postprocess(decoded, output_type="pil")

@@ -25,7 +25,7 @@ from mitune.generate import Batch, Request, candidate_seed, decode, generate_all
 from mitune.information import SCORES, Trace
 from mitune.metrics.judgment import Metric
 from mitune.models import Model
-from mitune.select import ORACLE, Rule, apply, parse_rule, select
+from mitune.selection import ORACLE, Rule, apply, parse_rule, select
 from mitune.store import Records, claim, write_bytes, write_image, write_table, write_tensors
 
 log = logging.getLogger(__name__)
@@ -191,7 +191,7 @@ class _Pool:
             for slug, target in sets.items():
                 _write_set(self.model, records, slug, target)
             write_table(table, rows)  # last: its presence says that the sets are whole
-        return rows.column("status").to_pylist().count("nan")
+        return int(rows.column("status").to_pylist().count("nan"))
 
 
 def _write_set(model: Model, records: Sequence[tuple[pa.Table, dict[str, Tensor]]], slug: str, target: Path) -> None:

@@ -34,8 +34,8 @@ def load_prompts(source: str, pipe: DiffusionPipeline | None = None) -> list[Lis
     try:
         lines = path.read_bytes().decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
-        raise MituneError(f"{source}:{line}: not UTF-8; save the file in UTF-8 encoding.") from error
+        number = path.read_bytes()[: error.start].count(b"\n") + 1
+        raise MituneError(f"{source}:{number}: not UTF-8; save the file in UTF-8 encoding.") from error
     if not any(line.strip() for line in lines):
         raise MituneError(f"{source} holds no prompt; write one a line.")
     split = "unseen" if path.stem.endswith("_unseen") else "seen" if path.stem.endswith("_seen") else ""

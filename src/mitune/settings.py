@@ -141,7 +141,8 @@ def _build(cls: type[Any], content: Any, where: str) -> Any:
         if key not in hints:
             raise MituneError(f"Unknown setting {name!r}; known here: {', '.join(f.name for f in fields(cls))}.")
         hint = hints[key]
-        values[key] = _build(hint, value, name) if is_dataclass(hint) else _convert(value, hint, name)
+        nested = isinstance(hint, type) and is_dataclass(hint)
+        values[key] = _build(hint, value, name) if nested else _convert(value, hint, name)
     return cls(**values)
 
 

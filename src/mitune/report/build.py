@@ -34,7 +34,7 @@ from mitune.metrics.statistics import (
 from mitune.report import plots
 from mitune.report.files import read_config, read_json, read_table, rounds, setting
 from mitune.report.pictures import before_after, extremes
-from mitune.select import ORACLE, Rule, parse_rule
+from mitune.selection import ORACLE, Rule, parse_rule
 from mitune.store import write_bytes
 
 BASELINE = "base"

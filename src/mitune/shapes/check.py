@@ -16,7 +16,7 @@ from mitune.contrast import denoising_errors, shapes_negatives
 from mitune.generate import Request, candidate_seed, decode, generate_all
 from mitune.metrics.judgment import shapes_metric
 from mitune.models import Model
-from mitune.score import encode_images
+from mitune.scoring import encode_images
 from mitune.shapes.grammar import parse
 from mitune.shapes.prompts import prompt_list
 from mitune.shapes.scene import picture, sample_scene

@@ -291,20 +291,17 @@ class Trainee(nn.Module):
         super().__init__()
         self.is_flow = isinstance(pipe, StableDiffusion3Pipeline)
         self.denoiser = pipe.transformer if self.is_flow else pipe.unet
-        self.text_encoder = pipe.text_encoder
-        self.text_encoder_2 = pipe.text_encoder_2 if self.is_flow else None
+        self.encoders = nn.ModuleList([pipe.text_encoder, *([pipe.text_encoder_2] if self.is_flow else [])])
         self.config = config
-        if not self.is_flow:
-            self.register_buffer("alphas_cumprod", pipe.scheduler.alphas_cumprod, persistent=False)
+        self.alphas_cumprod: Tensor | None = None if self.is_flow else pipe.scheduler.alphas_cumprod
 
     def loss(self, latents: Tensor, tokens: Tensor, generator: torch.Generator) -> Tensor:
         """Denoising loss of latents (B, 8, 8, 8) and token ids (B, L); a scalar."""
         noise = torch.randn(latents.shape, generator=generator)
-        if self.is_flow:
+        if self.alphas_cumprod is None:
             sigma = torch.sigmoid(self.config.logit_mean + torch.randn(len(latents), generator=generator))
             shaped = sigma.view(-1, 1, 1, 1)
-            encoders = (self.text_encoder, self.text_encoder_2)
-            states = [encoder(tokens, output_hidden_states=True).hidden_states[-2] for encoder in encoders]
+            states = [encoder(tokens, output_hidden_states=True).hidden_states[-2] for encoder in self.encoders]
             silent_t5 = latents.new_zeros(len(latents), 1, JOINT_WIDTH)
             velocity = self.denoiser(
                 hidden_states=(1 - shaped) * latents + shaped * noise,
@@ -319,11 +316,12 @@ class Trainee(nn.Module):
         predicted = self.denoiser(
             alpha_bar.sqrt() * latents + (1 - alpha_bar).sqrt() * noise,
             timesteps,
-            self.text_encoder(tokens)[0],
+            self.encoders[0](tokens)[0],
             return_dict=False,
         )[0]
         weight = (1 / alpha_bar).clamp(max=self.config.velocity_weight_cap)
-        return (weight * (predicted.float() - noise) ** 2).mean()
+        loss: Tensor = (weight * (predicted.float() - noise) ** 2).mean()
+        return loss
 
 
 def train_denoiser(folder: Path, name: str, config: DenoiserConfig, *, checkpoint_every: int = 500) -> None:
@@ -348,7 +346,7 @@ def train_denoiser(folder: Path, name: str, config: DenoiserConfig, *, checkpoin
         with torch.autocast("cpu", torch.bfloat16):
             loss = trainee.loss(latents[index].float(), torch.where(dropped, empty, tokens[index]), generator)
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.param_groups[0]["lr"] = config.learning_rate * _rate(step, config)
         optimizer.step()
@@ -359,9 +357,13 @@ def train_denoiser(folder: Path, name: str, config: DenoiserConfig, *, checkpoin
         total += loss.item()
         if (step + 1) % checkpoint_every == 0 or step + 1 == config.steps:
             _save_state(state_file, step + 1, trainee, average, optimizer)
-            row = {"step": step + 1, "samples": (step + 1) * config.batch_size, "loss": total / checkpoint_every}
-            row["seconds"] = time.monotonic() - began
-            row["accuracy"] = _accuracy(pipe, trainee, average)
+            row = {
+                "step": step + 1,
+                "samples": (step + 1) * config.batch_size,
+                "loss": total / checkpoint_every,
+                "seconds": time.monotonic() - began,
+                "accuracy": _accuracy(pipe, trainee, average),
+            }
             with log_file.open("a", encoding="utf-8") as out:
                 out.write(json.dumps(row) + "\n")
             log.info("%s %s", name, row)

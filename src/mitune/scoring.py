@@ -46,7 +46,7 @@ class ImageScores:
 
 
 @torch.no_grad()
-def score_images(
+def score(
     pipe: Any,
     images: Sequence[Image] | Tensor,
     prompts: Sequence[str],

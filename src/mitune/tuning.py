@@ -10,13 +10,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 from mitune.config import Config
 from mitune.errors import MituneError
-from mitune.evaluate import Variant, evaluate
-from mitune.finetune import finetune
+from mitune.evaluation import Variant, evaluate
+from mitune.finetuning import finetune
 from mitune.metrics.judgment import metric_for
 from mitune.models import adapter_checksum, load_model
 from mitune.pool import build_pool
@@ -114,7 +115,7 @@ def tune(config: Config, run: Path, *, stages: Stages = silent) -> TuneResult:
                     folder / "adapters" / slug,
                     config.finetune,
                     start_from=adapters.get(slug),
-                    progress=lambda done, total, _loss, step=step: step(done, total),
+                    progress=partial(_without_loss, step),
                 )
             adapters[slug] = result.adapter
     verdict = judge_run(config, run, stages=stages) if config.eval_prompts else None
@@ -143,6 +144,10 @@ def judge_run(config: Config, run: Path, *, stages: Stages = silent) -> Path:
         return evaluate(
             config, prompts, variants, run / "eval", metric, stages=lambda variant: stages(f"Judging {variant.name}")
         )
+
+
+def _without_loss(step: Step, done: int, total: int, _loss: float) -> None:
+    step(done, total)
 
 
 @contextmanager

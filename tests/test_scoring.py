@@ -14,7 +14,7 @@ from mitune.errors import GuidanceError, MituneError
 from mitune.information import UNITS, Estimate, LogisticProposal, RectifiedFlowProposal
 from mitune.path import path_of
 from mitune.probe import denoiser_of
-from mitune.score import default_proposal, encode_images, save_heat_map, score_images
+from mitune.scoring import default_proposal, encode_images, save_heat_map, score
 from tests.sets import tiny_sdxl
 from tests.tiny import PROMPTS, SD3_CALL, tiny_sd, tiny_sd3
 
@@ -44,7 +44,7 @@ class TestByHand:
         """Two antithetic pairs at λ of the proposal's density, from the U-Net and the prompts' own embeddings."""
         pipe = tiny_sd()
         proposal = LogisticProposal(-2, 3)
-        scores = score_images(pipe, latents, PROMPTS, estimator=estimator, draws=4, seed=5, proposal=proposal)
+        scores = score(pipe, latents, PROMPTS, estimator=estimator, draws=4, seed=5, proposal=proposal)
         rng = torch.Generator().manual_seed(5)
         prompt, null = (pipe.encode_prompt(text, "cpu", 1, False)[0] for text in (PROMPTS, ["", ""]))
         draws = []
@@ -131,7 +131,7 @@ class TestGaussianPair:
             noise = torch.randn(16, 4, 16, 16, generator=torch.Generator().manual_seed(1))
             x = mean.repeat(8, 1, 1, 1) + math.sqrt(v) * noise
         proposal = LogisticProposal(-8, 8)
-        scores = score_images(pipe, x, prompts, estimator=estimator, draws=256, batch_size=16, proposal=proposal)
+        scores = score(pipe, x, prompts, estimator=estimator, draws=256, batch_size=16, proposal=proposal)
         if estimator == "standard":
             truth = (-0.5 * math.log(v) - (x - mean) ** 2 / (2 * v) + x**2 / 2).sum(dim=(1, 2, 3)).tolist()
             estimates = scores.estimates
@@ -150,25 +150,23 @@ class TestPromises:
     def test_batches_make_no_difference(self, model, latents):
         pipe, call = model
         kwargs = {"draws": 4, "estimator": "standard", "call": call}
-        together = score_images(pipe, latents, PROMPTS, **kwargs)
-        apart = score_images(pipe, latents, PROMPTS, batch_size=1, **kwargs)
-        alone = score_images(pipe, latents[1:], PROMPTS[1:], **kwargs)
+        together = score(pipe, latents, PROMPTS, **kwargs)
+        apart = score(pipe, latents, PROMPTS, batch_size=1, **kwargs)
+        alone = score(pipe, latents[1:], PROMPTS[1:], **kwargs)
         torch.testing.assert_close(apart.draws, together.draws, rtol=1e-3, atol=1e-3)
         torch.testing.assert_close(alone.draws[0], together.draws[1], rtol=1e-3, atol=1e-3)
 
     def test_seeds(self, model, latents):
         pipe, call = model
         state = torch.get_rng_state()
-        first, again, other = (
-            score_images(pipe, latents, PROMPTS, draws=4, seed=seed, call=call).draws for seed in (0, 0, 1)
-        )
+        first, again, other = (score(pipe, latents, PROMPTS, draws=4, seed=seed, call=call).draws for seed in (0, 0, 1))
         assert torch.equal(first, again)
         assert not torch.equal(first, other)
         assert torch.equal(torch.get_rng_state(), state)
 
     def test_map(self, model, latents):
         pipe, call = model
-        scores = score_images(pipe, latents, PROMPTS, draws=8, call=call)
+        scores = score(pipe, latents, PROMPTS, draws=8, call=call)
         assert scores.maps.shape == (2, 8, 8)
         assert scores.draws.shape == (2, 2, 2)
         values = [estimate.value for estimate in scores.estimates]
@@ -179,14 +177,14 @@ class TestPromises:
         pipe, call = model
         call = {**call, "negative_prompt": ""}  # else SDXL's null is zero embeddings, not the empty prompt
         for estimator in ("standard", "orthogonal"):
-            for estimate in score_images(pipe, latents, ["", ""], estimator=estimator, draws=4, call=call).estimates:
+            for estimate in score(pipe, latents, ["", ""], estimator=estimator, draws=4, call=call).estimates:
                 assert estimate.value == pytest.approx(0, abs=1e-4)
 
     def test_differences_between_prompts_are_paired(self, latents):
         """One image and two prompts share their noise, so the difference is known better than either value."""
         pipe = tiny_sd()
         same = latents[:1].repeat(2, 1, 1, 1)
-        scores = score_images(pipe, same, PROMPTS, estimator="self-confidence", draws=64)
+        scores = score(pipe, same, PROMPTS, estimator="self-confidence", draws=64)
         difference = Estimate.of_strata(scores.draws[0] - scores.draws[1])
         assert difference.standard_error < 0.5 * scores.estimates[0].standard_error
         assert difference.value == pytest.approx(scores.estimates[0].value - scores.estimates[1].value, abs=1e-5)
@@ -196,7 +194,7 @@ class TestPromises:
         pipe = tiny_sd()
         low, high = path_of(pipe.scheduler).log_snr_range()
         a, b = (
-            score_images(pipe, latents, PROMPTS, draws=128, proposal=kind(low, min(high, 2.0))).estimates
+            score(pipe, latents, PROMPTS, draws=128, proposal=kind(low, min(high, 2.0))).estimates
             for kind in (LogisticProposal, RectifiedFlowProposal)
         )
         for one, other in zip(a, b, strict=True):
@@ -227,8 +225,8 @@ class TestImages:
 
     def test_pictures_score_as_their_latents(self):
         pipe = tiny_sd()
-        direct = score_images(pipe, pictures(), PROMPTS, draws=4).draws
-        assert torch.equal(direct, score_images(pipe, encode_images(pipe, pictures()), PROMPTS, draws=4).draws)
+        direct = score(pipe, pictures(), PROMPTS, draws=4).draws
+        assert torch.equal(direct, score(pipe, encode_images(pipe, pictures()), PROMPTS, draws=4).draws)
 
     def test_heat_map_is_a_picture(self, tmp_path: Path):
         file = tmp_path / "maps" / "red.png"
@@ -246,22 +244,22 @@ class TestRefusals:
     def test_numbers_that_do_not_fit(self, latents):
         pipe = tiny_sd()
         with pytest.raises(MituneError, match="2 images for 1 prompts; give one prompt for each image"):
-            score_images(pipe, latents, PROMPTS[:1])
+            score(pipe, latents, PROMPTS[:1])
         for draws in (0, 6):
             with pytest.raises(MituneError, match=f"draws = {draws} must be a multiple of 4"):
-                score_images(pipe, latents, PROMPTS, draws=draws)
+                score(pipe, latents, PROMPTS, draws=draws)
         with pytest.raises(MituneError, match=r"shape \(2, 4, 64\); give \(N, C, H, W\)"):
-            score_images(pipe, latents.flatten(2), PROMPTS)
+            score(pipe, latents.flatten(2), PROMPTS)
         with pytest.raises(MituneError, match="differ in size"):
-            score_images(pipe, [pictures()[0], pictures()[1].resize((32, 32))], PROMPTS)
+            score(pipe, [pictures()[0], pictures()[1].resize((32, 32))], PROMPTS)
 
     def test_unknown_estimator(self, latents):
         with pytest.raises(MituneError, match="no estimator 'difference'; the known ones are standard, orth"):
-            score_images(tiny_sd(), latents, PROMPTS, estimator="difference")
+            score(tiny_sd(), latents, PROMPTS, estimator="difference")
 
     def test_no_guidance(self, latents):
         pipe = tiny_sd()
         pipe.unet.register_to_config(time_cond_proj_dim=4)  # what makes a distilled pipeline skip its second half
         pipe.unet.time_embedding.cond_proj = nn.Linear(4, 8)
         with pytest.raises(GuidanceError, match="not guidance-distilled"):
-            score_images(pipe, latents, PROMPTS, draws=4)
+            score(pipe, latents, PROMPTS, draws=4)

@@ -8,12 +8,12 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-import mitune.finetune as module
+import mitune.finetuning as module
 from mitune.adapter import WEIGHTS_FILE
 from mitune.components import Components
 from mitune.config import FinetuneConfig, ModelConfig
 from mitune.errors import MituneError, ModelError
-from mitune.finetune import finetune
+from mitune.finetuning import finetune
 from tests.sets import images_of, saved_pipeline, write_set
 
 
