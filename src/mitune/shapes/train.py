@@ -43,7 +43,7 @@ from transformers import (
     T5Tokenizer,
 )
 
-from mitune.shapes.grammar import CATEGORIES, COLORS, SHAPES, TEXTURES, forms, sample_prompt, vocabulary
+from mitune.shapes.grammar import CATEGORIES, COLORS, SHAPES, TEXTURES, forms, parse, sample_prompt, vocabulary
 from mitune.shapes.judge import judge
 from mitune.shapes.scene import GRID, Object, Scene, render, sample_scene
 
@@ -265,10 +265,11 @@ def new_pipeline(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DenoiserConfig:
-    """Training of one base model with its text encoders, in float32 weights and bfloat16 arithmetic."""
+    """A phase in the training of one base model and its text encoders: float32 weights, bfloat16 arithmetic."""
 
     seed: int = 0
-    steps: int = 6000
+    start: int = 0  # the steps before this one belong to an earlier phase
+    steps: int
     batch_size: int = 128
     learning_rate: float = 1e-3
     warmup: int = 300
@@ -276,12 +277,30 @@ class DenoiserConfig:
     prompt_dropout: float = 0.1
     ema: float = 0.998
     velocity_weight_cap: float = 20.0  # ε errors count as velocity errors, 1/ᾱ, up to this
-    logit_mean: float = 0.6  # flow: logit-normal times, more of them at high noise
+    timestep_power: float = 1.0  # ε: t = 1000 u^power for uniform u; below 1, more of them at high noise
+    logit_mean: float = 0.6  # flow: logit-normal times; above 0, more of them at high noise
+    relation_weight: int = 1  # how much oftener than others scenes of a relation are drawn
+
+
+# Attributes are bound first. Where things stand is settled at higher noise, and takes a phase of its own.
+PHASES = {
+    "shapes-sd": (
+        DenoiserConfig(steps=3000),
+        DenoiserConfig(
+            start=3000, steps=4500, warmup=100, timestep_power=0.4, velocity_weight_cap=50.0, relation_weight=3
+        ),
+    ),
+    "shapes-sd3": (
+        DenoiserConfig(steps=3500),
+        DenoiserConfig(start=3500, steps=5000, warmup=100, logit_mean=1.6, relation_weight=3),
+    ),
+}
 
 
 def _rate(step: int, config: DenoiserConfig) -> float:
-    left = (config.steps - step) / (config.cool_down * config.steps)
-    return min(1.0, (step + 1) / config.warmup, max(0.0, left))
+    """Share of the learning rate at a step: linear warm-up, constant, linear cool-down."""
+    left = (config.steps - step) / (config.cool_down * (config.steps - config.start))
+    return min(1.0, (step - config.start + 1) / config.warmup, left)
 
 
 class Trainee(nn.Module):
@@ -311,7 +330,8 @@ class Trainee(nn.Module):
                 return_dict=False,
             )[0]
             return F.mse_loss(velocity.float(), noise - latents)
-        timesteps = torch.randint(0, 1000, (len(latents),), generator=generator)
+        uniform = torch.rand(len(latents), generator=generator)
+        timesteps = (1000 * uniform**self.config.timestep_power).long().clamp(max=999)
         alpha_bar = self.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
         predicted = self.denoiser(
             alpha_bar.sqrt() * latents + (1 - alpha_bar).sqrt() * noise,
@@ -339,9 +359,12 @@ def train_denoiser(folder: Path, name: str, config: DenoiserConfig, *, checkpoin
     state_file, log_file = folder / f"{name}.safetensors", folder / f"{name}.jsonl"
     done = _load_state(state_file, trainee, average, optimizer)
     began, total = time.monotonic(), 0.0
+    # Unequal weights are drawn through a table in which the heavier scenes stand more often.
+    repeats = torch.tensor([config.relation_weight if parse(p).relation else 1 for p in prompts])
+    table = torch.repeat_interleave(torch.arange(len(prompts)), repeats)
     for step in range(done, config.steps):
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-        index = torch.randint(len(latents), (config.batch_size,), generator=generator)
+        index = table[torch.randint(len(table), (config.batch_size,), generator=generator)]
         dropped = torch.rand(config.batch_size, 1, generator=generator) < config.prompt_dropout
         with torch.autocast("cpu", torch.bfloat16):
             loss = trainee.loss(latents[index].float(), torch.where(dropped, empty, tokens[index]), generator)
@@ -424,25 +447,26 @@ def _load_state(path: Path, trainee: Trainee, average: dict[str, Tensor], optimi
     return int(tensors["step"])
 
 
-def export(folder: Path, name: str, config: DenoiserConfig, target: Path) -> None:
+def export(folder: Path, name: str, target: Path) -> None:
     """Writes the averaged weights of the last checkpoint as a diffusers folder, with the training's config and log.
 
     Denoiser and VAE are stored in half precision, which diffusers loads in single; the text encoders as they are.
     """
     vae = AutoencoderKL.from_pretrained(folder / "vae")
-    pipe = new_pipeline(name, vae, CLIPTokenizer.from_pretrained(folder / "tokenizer"), config.seed)
-    trainee = Trainee(pipe, config)
+    pipe = new_pipeline(name, vae, CLIPTokenizer.from_pretrained(folder / "tokenizer"), seed=0)
+    trainee = Trainee(pipe, PHASES[name][-1])
     state = load_file(folder / f"{name}.safetensors")
     trainee.load_state_dict({k.removeprefix("average."): v for k, v in state.items() if k.startswith("average.")})
     trainee.denoiser.half()
     pipe.vae.half()
     pipe.save_pretrained(target)
-    settings = {"denoiser": asdict(config), "autoencoder": asdict(AutoencoderConfig()), "torch": torch.__version__}
+    settings = {
+        "denoiser": [asdict(phase) for phase in PHASES[name]],
+        "autoencoder": asdict(AutoencoderConfig()),
+        "torch": torch.__version__,
+    }
     (target / "training.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     (target / "training.jsonl").write_text((folder / f"{name}.jsonl").read_text(encoding="utf-8"), encoding="utf-8")
-
-
-CONFIGS = {"shapes-sd": DenoiserConfig(steps=3000), "shapes-sd3": DenoiserConfig(steps=3500)}
 
 
 def train_all(work: Path, output: Path, names: Sequence[str], *, scenes: int) -> None:
@@ -455,5 +479,6 @@ def train_all(work: Path, output: Path, names: Sequence[str], *, scenes: int) ->
     if not (work / "world.txt").exists():
         encode_world(work, vae, scenes=scenes, seed=1)
     for name in names:
-        train_denoiser(work, name, CONFIGS[name])
-        export(work, name, CONFIGS[name], output / name)
+        for phase in PHASES[name]:
+            train_denoiser(work, name, phase)
+        export(work, name, output / name)
