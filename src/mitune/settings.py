@@ -28,6 +28,20 @@ PRESETS: Mapping[str, Nested] = {
         "prompts": "shapes:train",
         "eval_prompts": "shapes:heldout",
     },
+    # The experiment of docs/results.md: the paper's score and self-confidence against both controls
+    "shapes-study": {
+        "model": {"name": "shapes-sd"},
+        "pool": {
+            "candidates": 50, "batch_size": 100, "select": ["self-confidence", "mi-tune", "random", "oracle"],
+        },
+        "finetune": {
+            "adapter": "lora", "rank": 16, "alpha": 16.0, "learning_rate": 5e-4, "batch_size": 64,
+            "iterations": 150, "timesteps": [0.0, 1.0],
+        },
+        "eval": {"images": 4, "batch_size": 100},
+        "prompts": "shapes:train",
+        "eval_prompts": "shapes:heldout",
+    },
     # MI-TUNE, section 4 and Table 8
     "mi-tune-sd21": {
         "model": {"name": "stabilityai/stable-diffusion-2-1-base", "guidance_scale": 7.5, "steps": 50},
