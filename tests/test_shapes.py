@@ -147,8 +147,9 @@ def test_embedded_models_are_ordinary_and_small(name):
     pipe = DiffusionPipeline.from_pretrained(folder)
     assert type(pipe).__name__ == {"shapes-sd": "StableDiffusionPipeline"}.get(name, "StableDiffusion3Pipeline")
     for listed in shapes_prompts("heldout"):
-        assert len(pipe.tokenizer(listed.text).input_ids) <= pipe.tokenizer.model_max_length
-        assert pipe.tokenizer.decode(pipe.tokenizer(listed.text).input_ids, skip_special_tokens=True) == listed.text
+        words = listed.text.replace(",", " ,").split()
+        tokens = pipe.tokenizer(listed.text).input_ids
+        assert len(tokens) == len(words) + 2 <= pipe.tokenizer.model_max_length  # one a word, and both ends
 
 
 @pytest.mark.slow

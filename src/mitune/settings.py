@@ -21,8 +21,8 @@ PRESETS: Mapping[str, Nested] = {
         "model": {"name": "shapes-sd"},
         "pool": {"candidates": 16, "batch_size": 64},
         "finetune": {
-            "adapter": "lora", "rank": 16, "alpha": 16.0, "learning_rate": 5e-4, "batch_size": 64,
-            "iterations": 150, "timesteps": [0.0, 1.0],
+            "adapter": "lora", "rank": 16, "alpha": 16.0, "learning_rate": 1e-4, "batch_size": 64,
+            "iterations": 100, "timesteps": [0.5, 1.0],
         },
         "eval": {"images": 2, "batch_size": 64},
         "prompts": "shapes:train",
@@ -35,8 +35,8 @@ PRESETS: Mapping[str, Nested] = {
             "candidates": 50, "batch_size": 100, "select": ["self-confidence", "mi-tune", "random", "oracle"],
         },
         "finetune": {
-            "adapter": "lora", "rank": 16, "alpha": 16.0, "learning_rate": 5e-4, "batch_size": 64,
-            "iterations": 150, "timesteps": [0.0, 1.0],
+            "adapter": "lora", "rank": 16, "alpha": 16.0, "learning_rate": 1e-4, "batch_size": 64,
+            "iterations": 100, "timesteps": [0.5, 1.0],
         },
         "eval": {"images": 4, "batch_size": 100},
         "prompts": "shapes:train",
