@@ -33,6 +33,7 @@ def folder(tmp_path_factory):
     (folder / "two.txt").write_text("a red circle\n\na blue square\n")
     (folder / "long.txt").write_text("a red circle, " * 20 + "\n")
     (folder / "empty.txt").write_text("")
+    (folder / "dragon.txt").write_text("a red dragon\n")
     (folder / "no-model").mkdir()
     (folder / "full").mkdir()
     (folder / "full" / "notes.txt").write_text("mine")
@@ -49,6 +50,7 @@ def folder(tmp_path_factory):
         (["pool", "-p", "empty.txt"], "empty.txt holds no prompt"),
         (["pool", "-p", "two.txt"], "two.txt:2: the line is blank"),
         (["pool", "-p", "long.txt"], "long.txt:1:"),
+        (["pool", "-p", "dragon.txt"], "does not know 'dragon'"),
         (["pool", "-p", "shapes:train/colour"], "categories: color"),
         (["pool", "-p", "one.txt", "-M", "2", "-k", "3"], "pool.keep = 3 must lie between 1 and pool.candidates = 2"),
         (["pool", "-p", "one.txt", "-s", "magic"], "Unknown selection 'magic'"),

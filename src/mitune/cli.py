@@ -189,7 +189,7 @@ def pool(
             texts,
             run / "pool",
             config.pool,
-            metric=metric_for(config.model.name),
+            metric=metric_for(config.model.name, texts),
             shard=_parse_shard(shard),
             identity=adapter_checksum(adapter),
             progress=step,

@@ -79,11 +79,12 @@ def tune(config: Config, run: Path, *, stages: Stages = silent) -> TuneResult:
         raise MituneError(
             "pool.select must name a single score if rounds > 1: each further round builds on its adapter."
         )
-    metric = metric_for(config.model.name)
     base = load_model(config.model)
     prompts = [listed.text for listed in load_prompts(config.prompts, base.pipe)]
+    metric = metric_for(config.model.name, prompts)
     if config.eval_prompts:
-        load_prompts(config.eval_prompts, base.pipe)  # refused now rather than hours later
+        held_out = load_prompts(config.eval_prompts, base.pipe)  # refused now rather than hours later
+        metric_for(config.model.name, [listed.text for listed in held_out])
     claim_run(run, config)
     adapters: dict[str, Path] = {}
     for number in range(1, config.rounds + 1):
@@ -127,14 +128,14 @@ def judge_run(config: Config, run: Path, *, stages: Stages = silent) -> Path:
 
     Raises MituneError if the model comes with no judge.
     """
-    metric = metric_for(config.model.name)
+    base = load_model(config.model)
+    prompts = load_prompts(config.eval_prompts or config.prompts, base.pipe)
+    metric = metric_for(config.model.name, [listed.text for listed in prompts])
     if metric is None:
         raise MituneError(
             f"{config.model.name} comes with no exact judge; leave eval_prompts out, make images with "
             "`mitune generate --adapter`, and score them with a metric of your choice."
         )
-    base = load_model(config.model)
-    prompts = load_prompts(config.eval_prompts or config.prompts, base.pipe)
     adapters = sorted((run / f"round-{config.rounds}" / "adapters").glob("*/"))
     variants = [Variant(name="base"), *(Variant(name=folder.name, adapter=folder) for folder in adapters)]
     variants += [Variant(name=f"base, guidance {s:g}", guidance_scale=s) for s in config.eval.guidance_scales]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
 from mitune.models import EMBEDDED
+from mitune.shapes.grammar import parse
 from mitune.shapes.judge import judge
 
 
@@ -31,6 +32,13 @@ def shapes_metric(images: Sequence[Image.Image], prompts: Sequence[str]) -> list
     return [Judgment(graded=v.graded, exact=v.exact, malformed=v.malformed, missed=v.missed) for v in verdicts]
 
 
-def metric_for(model_name: str) -> Metric | None:
-    """The metric that comes with a model: the judge for the embedded ones, none for others."""
-    return shapes_metric if model_name in EMBEDDED else None
+def metric_for(model_name: str, prompts: Iterable[str]) -> Metric | None:
+    """The metric that comes with a model: the judge for the embedded ones, none for others.
+
+    Raises PromptError at once for a prompt that the judge could not read.
+    """
+    if model_name not in EMBEDDED:
+        return None
+    for prompt in prompts:
+        parse(prompt)
+    return shapes_metric

@@ -18,6 +18,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
+from mitune.errors import MituneError
+
 COLORS = ("red", "green", "blue", "yellow", "purple", "orange")
 SHAPES = ("circle", "square", "triangle", "diamond", "cross")
 TEXTURES = ("plain", "striped", "dotted", "checkered")
@@ -32,7 +34,7 @@ NUMBERS = ("a", "two", "three", "four", "five", "six")
 CATEGORIES = ("color", "shape", "texture", "2d_spatial", "3d_spatial", "numeracy", "complex")
 
 
-class PromptError(ValueError):
+class PromptError(MituneError):
     """A prompt that the shapes world cannot read."""
 
 
