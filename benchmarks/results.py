@@ -14,15 +14,15 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from mitune.metrics.statistics import markdown_table, summarize
+from mitune.metrics.statistics import POOLED, markdown_table, summarize
 from mitune.report.build import headline
 from mitune.settings import resolve
 from mitune.tuning import tune
 
 HEADER = """# Results on the embedded models
 
-Made by `python benchmarks/results.py`. Settings: the preset `shapes-study` (`mitune tune --preset shapes-study`), whose
-run folders hold every setting, score and picture.
+Made by `python benchmarks/results.py`, which `--models` keeps to the models named here. Settings: the preset
+`shapes-study` (`mitune tune --preset shapes-study`), whose run folders hold every setting, score and picture.
 
 *exact*: share of images that the judge finds exactly right. *graded*: share of the prompt's parts that are met.
 All intervals are 95 % bootstrap intervals over prompts; differences are paired by prompt and seed.
@@ -40,8 +40,8 @@ def main() -> None:
         run = arguments.runs / f"results-{name}"
         result = tune(resolve(preset="shapes-study", options={"model": {"name": name}}), run)
         comparisons = summarize(pq.read_table(result.verdict))
-        table = markdown_table(comparisons, made_by=f"mitune tune --preset shapes-study --model {name}")
-        sections.append(f"## {name}\n\n{headline(run)}\n\n{table}")
+        shown = [c for c in comparisons if POOLED in (c.split, c.category)]  # seen and unseen apart: only in all
+        sections.append(f"## {name}\n\n{headline(run)}\n\n{markdown_table(shown)}")
     arguments.output.write_text("\n".join(sections), encoding="utf-8")
 
 
