@@ -457,6 +457,7 @@ def export(folder: Path, name: str, target: Path) -> None:
     trainee = Trainee(pipe, PHASES[name][-1])
     state = load_file(folder / f"{name}.safetensors")
     trainee.load_state_dict({k.removeprefix("average."): v for k, v in state.items() if k.startswith("average.")})
+    vae.register_to_config(_name_or_path="")  # the work folder is nobody's business
     trainee.denoiser.half()
     pipe.vae.half()
     pipe.save_pretrained(target)
