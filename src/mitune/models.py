@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
@@ -15,14 +16,17 @@ import diffusers
 import torch
 import transformers
 from diffusers import DiffusionPipeline
+from diffusers.loaders.single_file_utils import SingleFileComponentError
+from peft import PeftModel
 
 from mitune.config import ModelConfig
+from mitune.denoiser import denoiser_of
 from mitune.errors import ModelError
 
 # What each embedded model is called with; other models keep their pipeline's own defaults.
 EMBEDDED: Mapping[str, Mapping[str, Any]] = {
-    "shapes-sd": {"guidance_scale": 2.0, "num_inference_steps": 12},
-    "shapes-sd3": {"guidance_scale": 2.0, "num_inference_steps": 12, "max_sequence_length": 1},
+    "shapes-sd": {"guidance_scale": 1.2, "num_inference_steps": 5},
+    "shapes-sd3": {"guidance_scale": 1.2, "num_inference_steps": 8, "max_sequence_length": 1},
 }
 
 
@@ -37,8 +41,15 @@ class Model:
     @property
     def steps(self) -> int:
         """Denoiser calls for one image."""
-        default = inspect.signature(type(self.pipe).__call__).parameters["num_inference_steps"].default
-        return int(self.call.get("num_inference_steps", default))
+        return int(self._argument("num_inference_steps"))
+
+    @property
+    def guidance_scale(self) -> float:
+        """The weight of the prompt: the pipeline's own unless the settings name one."""
+        return float(self._argument(guidance_name(type(self.pipe))))
+
+    def _argument(self, name: str) -> Any:
+        return self.call.get(name, inspect.signature(type(self.pipe).__call__).parameters[name].default)
 
 
 def model_folder(name: str) -> str:
@@ -46,14 +57,36 @@ def model_folder(name: str) -> str:
     return str(files("mitune") / "shapes" / "models" / name) if name in EMBEDDED else name
 
 
-def call_arguments(config: ModelConfig) -> dict[str, Any]:
+def guidance_name(pipeline_class: type[Any]) -> str:
+    """The argument of the pipeline's call that weighs the pass with the prompt against the one without.
+
+    In pipelines that have true_cfg_scale, guidance_scale is told to the network, and makes no second pass.
+    """
+    accepted = inspect.signature(pipeline_class.__call__).parameters
+    return "true_cfg_scale" if "true_cfg_scale" in accepted else "guidance_scale"
+
+
+def call_arguments(config: ModelConfig, pipeline_class: type[Any] = DiffusionPipeline) -> dict[str, Any]:
     """Arguments of the pipeline's call: the embedded model's defaults, overruled by the settings."""
     call = dict(EMBEDDED.get(config.name, {}))
     if config.guidance_scale is not None:
-        call["guidance_scale"] = config.guidance_scale
+        call[guidance_name(pipeline_class)] = config.guidance_scale
     if config.steps is not None:
         call["num_inference_steps"] = config.steps
     return call | config.call
+
+
+def prompted(pipe: Any, prompts: Sequence[str], call: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a call for these prompts: `call`, with its negative prompt for each of them.
+
+    Pipelines with true guidance make no second pass without a negative prompt; they get a blank.
+    """
+    arguments = {"prompt": list(prompts), **call}
+    if guidance_name(type(pipe)) == "true_cfg_scale":
+        arguments.setdefault("negative_prompt", " ")
+    if isinstance(negative := arguments.get("negative_prompt"), str):
+        arguments["negative_prompt"] = [negative] * len(prompts)
+    return arguments
 
 
 def device_of(config: ModelConfig) -> torch.device:
@@ -63,32 +96,80 @@ def device_of(config: ModelConfig) -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def parts_of(config: ModelConfig) -> str:
+    """The hub id or folder that lists the parts of the pipeline, and holds their configurations."""
+    return config.base or model_folder(config.name)
+
+
 def load_model(config: ModelConfig, *, adapter: Path | None = None) -> Model:
     """Opens the pipeline, and loads an adapter folder onto it where one is given.
 
     Raises ModelError, with the remedy, if there is no such model, or if the folder is no diffusers pipeline.
     """
-    folder = model_folder(config.name)
-    local = Path(folder)
-    if local.is_dir() and not (local / "model_index.json").is_file():
+    parts = parts_of(config)
+    if Path(parts).is_dir() and not (Path(parts) / "model_index.json").is_file():
         raise ModelError(
-            f"{config.name} is a folder without model_index.json, so no diffusers pipeline; save one there with "
+            f"{parts} is a folder without model_index.json, so no diffusers pipeline; save one there with "
             "pipe.save_pretrained(folder), or name its parent folder."
         )
     with opening(config):
-        index = DiffusionPipeline.load_config(folder, revision=config.revision)
-        pipe = DiffusionPipeline.from_pretrained(
-            folder,
-            revision=config.revision,
-            variant=config.variant,
-            dtype=getattr(torch, config.dtype),
-            use_safetensors=True,
-            **{name: None for name, part in index.items() if part == [None, None]},  # SD3 without T5 says so, too
-        )
+        index = DiffusionPipeline.load_config(parts, revision=config.revision)
+        pipe = open_pipeline(config, index)
     if adapter is not None:
         load_adapter(pipe, adapter)
     pipe.set_progress_bar_config(disable=True)
-    return Model(pipe.to(device_of(config)), call_arguments(config), config.name)
+    _place(pipe, config)
+    return Model(pipe, call_arguments(config, type(pipe)), config.name)
+
+
+def open_pipeline(config: ModelConfig, index: Mapping[str, Any], without: Sequence[str] = ()) -> Any:
+    """The pipeline on the CPU, without the parts that its list says it lacks (SD3 without T5), and those named here."""
+    dtype = getattr(torch, config.dtype)
+    absent = {name: None for name, part in index.items() if part == [None, None]} | dict.fromkeys(without)
+    if not config.is_single_file:
+        return DiffusionPipeline.from_pretrained(
+            model_folder(config.name),
+            revision=config.revision,
+            variant=config.variant,
+            dtype=dtype,
+            use_safetensors=True,
+            **absent,
+        )
+    try:
+        kind = getattr(diffusers, index["_class_name"])
+        if hasattr(kind, "from_single_file"):
+            return kind.from_single_file(config.name, config=config.base, torch_dtype=dtype, **absent)
+    except SingleFileComponentError:  # not all parts are in the file: the base has the others
+        pass
+    name = "unet" if "unet" in index else "transformer"
+    given = absent if name in absent else {name: open_single_denoiser(config, index, name), **absent}
+    return DiffusionPipeline.from_pretrained(
+        config.base, revision=config.revision, variant=config.variant, dtype=dtype, use_safetensors=True, **given
+    )
+
+
+def open_single_denoiser(config: ModelConfig, index: Mapping[str, Any], name: str) -> Any:
+    """The denoiser from a single file, on the CPU. Raises ModelError if diffusers cannot open its kind that way."""
+    kind = getattr(diffusers, index[name][1])
+    if not hasattr(kind, "from_single_file"):
+        raise ModelError(f"diffusers opens no single files of a {kind.__name__}; give a hub id or a folder.")
+    return kind.from_single_file(
+        config.name, config=config.base, subfolder=name, torch_dtype=getattr(torch, config.dtype)
+    )
+
+
+def _place(pipe: Any, config: ModelConfig) -> None:
+    """Onto the device, wholly or part by part as they are needed."""
+    device = device_of(config)
+    if config.offload == "none":
+        pipe.to(device)
+        return
+    if device.type == "cpu":
+        raise ModelError(f"model.offload = {config.offload} needs a GPU; set it to none, or model.device to a GPU.")
+    if config.offload == "model":
+        pipe.enable_model_cpu_offload(device=device)
+    else:
+        pipe.enable_sequential_cpu_offload(device=device)
 
 
 @contextmanager
@@ -102,17 +183,32 @@ def opening(config: ModelConfig) -> Iterator[None]:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ModelError(
             f"Cannot open the model {config.name!r} ({reason}); give a hub id, a folder made by pipe.save_pretrained, "
-            f"or an embedded model ({', '.join(EMBEDDED)})."
+            f"a .safetensors file with model.base, or an embedded model ({', '.join(EMBEDDED)})."
         ) from error
 
 
 def load_adapter(pipe: DiffusionPipeline, adapter: Path) -> None:
-    """Loads an adapter folder the ordinary way, and fails if it left no trace."""
+    """Loads an adapter folder the ordinary way, and fails if it left no trace.
+
+    That is `load_lora_weights`, or PEFT's own for pipelines that have no such method (PixArt, HunyuanDiT).
+    """
     if not adapter.is_dir():
         raise ModelError(f"There is no adapter folder {adapter}; train one with `mitune train`.")
+    if not hasattr(pipe, "load_lora_weights"):
+        _load_with_peft(denoiser_of(pipe), adapter)
+        return
     pipe.load_lora_weights(str(adapter))
     if not pipe.get_active_adapters():
         raise ModelError(f"{adapter} holds no weights that fit this model; it was trained for another one.")
+
+
+def _load_with_peft(denoiser: Any, adapter: Path) -> None:
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "Found missing adapter keys")  # else random ones would take their place
+            PeftModel.from_pretrained(denoiser, str(adapter))  # in place: the pipeline goes on with the same module
+    except (OSError, ValueError, RuntimeError, UserWarning) as error:
+        raise ModelError(f"{adapter} holds no adapter that fits this model; it was trained for another one.") from error
 
 
 def adapter_checksum(adapter: Path | None) -> str:

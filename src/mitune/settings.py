@@ -16,14 +16,15 @@ from mitune.store import write_bytes
 
 Nested = dict[str, Any]
 
+_SHAPES_FINETUNE: Nested = {
+    "adapter": "lora", "rank": 16, "alpha": 16.0, "learning_rate": 1e-4, "batch_size": 64, "iterations": 100,
+    "timesteps": [0.5, 1.0],
+}  # fmt: skip
 PRESETS: Mapping[str, Nested] = {
     "demo": {
         "model": {"name": "shapes-sd"},
         "pool": {"candidates": 16, "batch_size": 64},
-        "finetune": {
-            "adapter": "lora", "rank": 16, "alpha": 16.0, "learning_rate": 1e-4, "batch_size": 64,
-            "iterations": 100, "timesteps": [0.5, 1.0],
-        },
+        "finetune": _SHAPES_FINETUNE,
         "eval": {"images": 2, "batch_size": 64},
         "prompts": "shapes:train",
         "eval_prompts": "shapes:heldout",
@@ -34,10 +35,7 @@ PRESETS: Mapping[str, Nested] = {
         "pool": {
             "candidates": 50, "batch_size": 100, "select": ["self-confidence", "mi-tune", "random", "oracle"],
         },
-        "finetune": {
-            "adapter": "lora", "rank": 16, "alpha": 16.0, "learning_rate": 1e-4, "batch_size": 64,
-            "iterations": 100, "timesteps": [0.5, 1.0],
-        },
+        "finetune": _SHAPES_FINETUNE,
         "eval": {"images": 4, "batch_size": 100},
         "prompts": "shapes:train",
         "eval_prompts": "shapes:heldout",

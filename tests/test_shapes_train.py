@@ -1,0 +1,72 @@
+"""Training of the embedded models: the targets against Bayes' rule, and a stopped training against a whole one."""
+
+import random
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline
+from safetensors.torch import load_file
+
+from mitune.models import EMBEDDED, model_folder
+from mitune.shapes.autoencoder import encode_world, training_prompts
+from mitune.shapes.grammar import forms
+from mitune.shapes.phases import DenoiserConfig
+from mitune.shapes.train import export, stable_targets, train_denoiser
+
+
+def test_stable_targets_are_the_posterior_mean():
+    """Two scenes on a line: the posterior is a logistic function of where the noisy state lies between them."""
+    scenes = torch.tensor([[-1.0], [1.0]]).expand(2, 8).reshape(1, 2, 8, 1, 1)
+    alpha, sigma = torch.full((1, 1, 1, 1), 0.6), torch.full((1, 1, 1, 1), 0.8)
+    noisy = torch.randn(1, 8, 1, 1, generator=torch.Generator().manual_seed(0))
+    clean, noise = stable_targets(noisy, scenes, alpha, sigma)
+    log_odds = 2 * 0.6 * noisy.sum() / 0.8**2  # log N(z | α, σ²) − log N(z | −α, σ²)
+    assert torch.allclose(clean, torch.tanh(log_odds / 2).expand_as(clean), atol=1e-5)
+    assert torch.allclose(0.6 * clean + 0.8 * noise, noisy, atol=1e-6)
+
+
+def test_targets_go_from_the_mean_to_the_scene_itself():
+    generator = torch.Generator().manual_seed(0)
+    scenes = torch.randn(3, 5, 4, 2, 2, generator=generator)
+    noise = torch.randn(3, 4, 2, 2, generator=generator)
+    for sigma, expected in ((1e-3, scenes[:, 0]), (1 - 1e-4, scenes.mean(dim=1))):
+        level = torch.full((3, 1, 1, 1), sigma)
+        clean, _ = stable_targets((1 - level) * scenes[:, 0] + level * noise, scenes, 1 - level, level)
+        assert torch.allclose(clean, expected, atol=5e-3)
+
+
+def test_training_prompts_are_distributed_like_the_world():
+    weights = training_prompts(seed=1)
+    assert sum(weights.values()) == pytest.approx(1)
+    small = [form for form in forms() if len(form.prompts) <= 3000]
+    assert all(str(prompt) in weights for form in small for prompt in form.prompts)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    vae = AutoencoderKL.from_pretrained(model_folder("shapes-sd"), subfolder="vae")
+    vae.save_pretrained(folder / "vae")
+    chosen = random.Random(0).sample(sorted(training_prompts(seed=1)), 12)
+    encode_world(folder, vae, dict.fromkeys(chosen, 1 / 12), scenes=3, seed=0)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(EMBEDDED))
+def test_a_stopped_training_ends_like_a_whole_one(world, tmp_path, name):
+    def config(steps):
+        return DenoiserConfig(steps=steps, batch_size=4, warmup=2, stable=True, cool_down=0.0, emphasis={"color": 2.0})
+
+    ends = []
+    for pieces in ((3,), (2, 3)):
+        for file in world.glob(f"{name}.*"):
+            file.unlink()
+        for steps in pieces:
+            train_denoiser(world, name, config(steps), curve_prompts=1)
+        ends.append(load_file(world / f"{name}.safetensors"))
+    assert ends[0].keys() == ends[1].keys()
+    assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
+    export(world, name, tmp_path / name)
+    expected = "StableDiffusion3Pipeline" if name == "shapes-sd3" else "StableDiffusionPipeline"
+    assert type(DiffusionPipeline.from_pretrained(tmp_path / name)).__name__ == expected
