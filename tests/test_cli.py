@@ -88,6 +88,25 @@ def test_a_whole_small_run(tmp_path, model):
     after = {f: f.read_bytes() for f in run.rglob("*") if f.is_file() and f.name != "cost.json"}
     assert {f for f in before if before[f] != after[f]} <= {run / "report.html"}
     assert "is a run of other settings" in mitune(*arguments, "-M", 5, cwd=tmp_path, status=2)
+    mitune("eval", "run", "--guidance", 1.5, cwd=tmp_path)
+    judged = pq.read_table(run / "eval" / "images.parquet").to_pydict()
+    assert sorted(set(judged["variant"])) == ["base", "base, guidance 1.5", "self-confidence"]
+    (run / "report.html").unlink()
+    mitune("report", "run", cwd=tmp_path)
+    assert "guidance 1.5" in (run / "report.html").read_text()
+
+
+@pytest.mark.slow
+def test_the_steps_alone(tmp_path):
+    """A set is made and trained on, and the model with the adapter merged is an ordinary folder again."""
+    (tmp_path / "prompts.txt").write_text("a red circle and a blue square\n")
+    mitune("pool", "-p", "prompts.txt", "-M", 2, "--set", "model.steps=3", "-r", "run", cwd=tmp_path)
+    (made,) = (tmp_path / "run" / "sets").iterdir()
+    tiny = ["finetune.rank=4", "finetune.batch_size=2", "finetune.iterations=2", "finetune.warmup=0"]
+    options = [part for setting in tiny for part in ("--set", setting)]
+    mitune("train", made, "-o", "adapter", "--fused", "whole", *options, cwd=tmp_path)
+    shown = mitune("generate", "a red circle", "-m", "whole", "-n", 1, "-o", "images", cwd=tmp_path)
+    assert "self-confidence" in shown
 
 
 @pytest.mark.slow

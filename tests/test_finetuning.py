@@ -337,7 +337,7 @@ def test_text_encoders_must_give_what_the_set_holds(world, tmp_path):
 
 def test_model_without_lora_loader_is_refused(tmp_path):
     (tmp_path / "model_index.json").write_text('{"_class_name": "DDPMPipeline", "unet": ["diffusers", "UNet2DModel"]}')
-    with pytest.raises(ModelError, match="is a DDPMPipeline, for which diffusers has no load_lora_weights"):
+    with pytest.raises(ModelError, match="is a DDPMPipeline, which takes no prompt"):
         Components.of(ModelConfig(name=str(tmp_path)))
     with pytest.raises(ModelError, match="Cannot open the model"):
         Components.of(ModelConfig(name=str(tmp_path / "nowhere")))

@@ -1,8 +1,10 @@
 """Paths of real diffusers schedulers, against what the schedulers themselves do to latents."""
 
+import inspect
 import math
 from copy import deepcopy
 
+import diffusers
 import pytest
 import torch
 from diffusers import (
@@ -20,10 +22,12 @@ from diffusers import (
     LCMScheduler,
     LMSDiscreteScheduler,
     PNDMScheduler,
+    SchedulerMixin,
     UniPCMultistepScheduler,
 )
 
 from mitune.errors import MituneError
+from mitune.information import alpha_sigma
 from mitune.path import path_of
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -207,8 +211,111 @@ class TestRefusals:
         with pytest.raises(MituneError, match="prediction_type='score'; mitune knows epsilon, v_prediction, flow"):
             path_of(DDIMScheduler(prediction_type="score"))
 
-    def test_continuous_or_inverted_levels(self):
-        with pytest.raises(MituneError, match="inverted or continuous"):
-            path_of(FlowMatchEulerDiscreteScheduler(invert_sigmas=True))
-        with pytest.raises(MituneError, match="inverted or continuous"):
-            path_of(EulerDiscreteScheduler(timestep_type="continuous", prediction_type="v_prediction"))
+    @pytest.mark.parametrize(
+        ("scheduler", "option"),
+        [
+            (FlowMatchEulerDiscreteScheduler(invert_sigmas=True), "invert_sigmas=True.*set invert_sigmas=False"),
+            (
+                EulerDiscreteScheduler(timestep_type="continuous", prediction_type="v_prediction"),
+                "timestep_type='continuous'.*set timestep_type='discrete'",
+            ),
+            (EulerDiscreteScheduler(interpolation_type="log_linear"), "interpolation_type='log_linear'"),
+            (KDPM2DiscreteScheduler(use_karras_sigmas=True), "use_karras_sigmas=True"),
+        ],
+    )
+    def test_options(self, scheduler, option):
+        with pytest.raises(MituneError, match=f"{option}|{option}.*cannot place on a path"):
+            path_of(scheduler)
+
+
+VARIANTS = (
+    {},
+    {"use_karras_sigmas": True},
+    {"use_exponential_sigmas": True},
+    {"use_beta_sigmas": True},
+    {"use_lu_lambdas": True},
+    {"timestep_spacing": "trailing"},
+    {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"},
+    {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0},
+    {"final_sigmas_type": "sigma_min"},
+    {"stochastic_sampling": True},
+    {"shift_terminal": 0.02},
+    {"shift": 3.0},
+    {"skip_prk_steps": True},
+    {"algorithm_type": "sde-dpmsolver++"},
+    {"interpolation_type": "log_linear"},
+)
+SCHEDULER_CLASSES = [
+    kind
+    for kind in (getattr(diffusers, name) for name in dir(diffusers) if name.endswith("Scheduler"))
+    if isinstance(kind, type) and issubclass(kind, SchedulerMixin)
+]
+EVERY = [
+    pytest.param(kind, variant, id=", ".join([kind.__name__, *(f"{k}={v}" for k, v in variant.items())]))
+    for kind in sorted(SCHEDULER_CLASSES, key=lambda kind: kind.__name__)
+    for variant in VARIANTS
+    if set(variant) <= set(inspect.signature(kind.__init__).parameters)
+]
+
+
+def scheduler_of(kind, variant):
+    """The scheduler on the path of SD; skips what diffusers cannot make."""
+    accepted = inspect.signature(kind.__init__).parameters
+    base = {key: value for key, value in (SD | {"clip_sample": False}).items() if key in accepted}
+    try:
+        scheduler = kind(**base | variant)
+        scheduler.set_timesteps(12)
+    except (TypeError, ValueError, KeyError, ImportError, NotImplementedError, AttributeError) as error:
+        pytest.skip(f"cannot be made like others: {error}")
+    return scheduler
+
+
+@pytest.mark.parametrize(("kind", "variant"), EVERY)
+def test_every_scheduler(kind, variant, record_property):
+    """Each scheduler of diffusers is refused, or its trajectory lies where our λ says.
+
+    With an exact denoiser of data that are one point z₀, every sampler stays on z = α z₀ + σ ε: ε stays as it was under
+    a deterministic sampler, and is fresh but of unit variance, and independent of z₀, under one that draws.
+    """
+    scheduler = scheduler_of(kind, variant)
+    try:
+        path = path_of(scheduler)
+    except MituneError:
+        record_property("refused", True)
+        return
+    clean, noise = torch.randn(2, 1, 4, 32, 32, generator=torch.Generator().manual_seed(0))
+    parameters = inspect.signature(scheduler.step).parameters
+    if "timestep_back" in parameters:
+        pytest.skip("its step takes other arguments")
+    draws = {"generator": torch.Generator().manual_seed(1)} if "generator" in parameters else {}
+    scaled = getattr(scheduler, "scale_model_input", lambda latents, _: latents)
+    given = None
+    for t in scheduler.timesteps:
+        alpha, sigma = alpha_sigma(path.at_steps(t)[1], is_flow=path.is_flow)
+        if given is None:
+            given = (alpha * clean + sigma * noise) / scaled(torch.ones(()), t)
+        seen = scaled(given, t)
+        epsilon = (seen - alpha * clean) / sigma
+        assert epsilon.std().item() == pytest.approx(noise.std().item(), abs=0.04)
+        assert (epsilon * clean).mean().item() == pytest.approx(0, abs=0.04)
+        velocity = epsilon - clean if path.is_flow else alpha * epsilon - sigma * clean
+        output = {"epsilon": epsilon, "sample": clean, "velocity": velocity}[path.predicts]
+        given = scheduler.step(output, t, given, **draws, return_dict=False)[0]
+
+
+def test_schedulers_that_are_known():
+    """What the papers' models and most others come with is not among the refused."""
+    names = """DDPM DDIM PNDM LCM TCD DPMSolverMultistep DPMSolverSinglestep UniPCMultistep DEISMultistep SASolver
+    EulerDiscrete EulerAncestralDiscrete HeunDiscrete LMSDiscrete KDPM2Discrete
+    FlowMatchEulerDiscrete FlowMatchHeunDiscrete FlowMatchLCM"""
+    for name in names.split():
+        assert path_of(getattr(diffusers, f"{name}Scheduler")()).steps.numel()
+
+
+def test_dynamic_shift():
+    """The λ of a run is that of σ as the size of the picture has shifted it: σ/(1−σ) times e^μ."""
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    mu, sigmas = 0.8, torch.linspace(1, 0.1, 10)
+    scheduler.set_timesteps(sigmas=sigmas.tolist(), mu=mu)
+    _, log_snr = path_of(scheduler).at_steps(scheduler.timesteps)
+    torch.testing.assert_close(log_snr[1:], -2 * (torch.logit(sigmas[1:]) + mu), rtol=1e-4, atol=1e-4)

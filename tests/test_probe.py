@@ -7,10 +7,6 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
-    AuraFlowPipeline,
-    AuraFlowTransformer2DModel,
-    CogView4Pipeline,
-    CogView4Transformer2DModel,
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
@@ -19,24 +15,19 @@ from diffusers import (
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
-    Lumina2Pipeline,
-    Lumina2Transformer2DModel,
-    PixArtAlphaPipeline,
-    PixArtTransformer2DModel,
     PNDMScheduler,
-    SanaPipeline,
-    SanaTransformer2DModel,
     UniPCMultistepScheduler,
 )
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mitune.conditioning import unflatten
+from mitune.denoiser import denoiser_of
 from mitune.errors import GuidanceError, MituneError, ModelError
 from mitune.information import SCORES, Estimate, get_score
 from mitune.path import path_of
-from mitune.probe import MIProbe, denoiser_of, unflatten
-from tests.sets import tiny_sdxl
-from tests.tiny import PROMPTS, SD3_CALL, tiny_sd, tiny_sd3, tiny_vae, wake
+from mitune.probe import MIProbe
+from tests.tiny import PROMPTS, SD3_CALL, tiny_sd, tiny_sd3
 
 STEPS = 6
 
@@ -429,131 +420,3 @@ class TestRefusals:
         assert probe.trace().difference.shape == (1, 1)
         with pytest.raises(ModelError, match="list of tensors as down_block_additional_residuals"):
             _ = probe.conditioning
-
-
-def embeddings(rng, *shape):
-    return torch.randn(*shape, generator=rng)
-
-
-def family(name):
-    """(pipe, arguments of its call) of a family, from embeddings; most have text encoders that are not tiny."""
-    torch.manual_seed(0)
-    rng = torch.Generator().manual_seed(0)
-    flow = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    mask = torch.ones(2, 8)
-    texts = {"prompt_embeds": embeddings(rng, 2, 8, 16), "negative_prompt_embeds": embeddings(rng, 2, 8, 16)}
-    masks = {"prompt_attention_mask": mask, "negative_prompt_attention_mask": mask}
-    parts = {"tokenizer": None, "text_encoder": None, "vae": tiny_vae()}
-    small = {"patch_size": 2, "in_channels": 4, "num_layers": 1}
-    heads = {"attention_head_dim": 8, "num_attention_heads": 2}
-    if name == "sdxl":
-        wide = {name: text.repeat(1, 1, 2) for name, text in texts.items()}
-        pooled = {f"{prefix}pooled_prompt_embeds": embeddings(rng, 2, 8) for prefix in ("", "negative_")}
-        return tiny_sdxl(), wide | pooled
-    if name == "aura-flow":
-        transformer = AuraFlowTransformer2DModel(
-            sample_size=8,
-            patch_size=2,
-            in_channels=4,
-            out_channels=4,
-            num_mmdit_layers=1,
-            num_single_dit_layers=1,
-            joint_attention_dim=16,
-            caption_projection_dim=16,
-            pos_embed_max_size=64,
-            **heads,
-        )
-        with torch.no_grad():
-            torch._foreach_mul_(list(transformer.parameters()), 1.5)  # else the prompt's share is lost in rounding
-        return AuraFlowPipeline(transformer=wake(transformer), scheduler=flow, **parts), texts | masks
-    if name == "cogview4":
-        transformer = CogView4Transformer2DModel(
-            out_channels=4, text_embed_dim=16, time_embed_dim=8, condition_dim=4, **small, **heads
-        )
-        return CogView4Pipeline(transformer=wake(transformer), scheduler=flow, **parts), texts
-    if name == "lumina2":
-        transformer = Lumina2Transformer2DModel(
-            sample_size=8,
-            hidden_size=24,
-            num_refiner_layers=1,
-            num_attention_heads=3,
-            num_kv_heads=1,
-            multiple_of=2,
-            axes_dim_rope=(4, 2, 2),
-            axes_lens=(64, 64, 64),
-            cap_feat_dim=16,
-            **small,
-        )
-        masks = {name: value.bool() for name, value in masks.items()}
-        call = texts | masks | {"cfg_normalization": False, "sigmas": [1.0, 0.8, 0.6, 0.4, 0.2, 0.1]}
-        return Lumina2Pipeline(transformer=wake(transformer), scheduler=flow, **parts), call
-    call = texts | masks | {"negative_prompt": None, "use_resolution_binning": False}
-    if name == "pixart":
-        transformer = PixArtTransformer2DModel(
-            sample_size=8, caption_channels=16, cross_attention_dim=16, out_channels=8, **small, **heads
-        )
-        scheduler = DPMSolverMultistepScheduler(**VP)
-        return PixArtAlphaPipeline(transformer=wake(transformer), scheduler=scheduler, **parts), call
-    transformer = SanaTransformer2DModel(
-        patch_size=1,
-        in_channels=4,
-        out_channels=4,
-        num_layers=1,
-        num_cross_attention_heads=2,
-        cross_attention_head_dim=8,
-        cross_attention_dim=16,
-        caption_channels=16,
-        sample_size=8,
-        **heads,
-    )
-    scheduler = DPMSolverMultistepScheduler(
-        use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0, solver_order=2
-    )
-    parts["vae"] = None  # its pipeline takes the scale 32 then
-    call |= {"height": 256, "width": 256}
-    return SanaPipeline(transformer=wake(transformer), scheduler=scheduler, **parts), call
-
-
-class TestFamilies:
-    """Order of halves, separate calls, timestep scaling, sign: all at once, by how the last step makes z₀."""
-
-    @pytest.mark.parametrize("name", ["sdxl", "aura-flow", "cogview4", "lumina2", "pixart", "sana"])
-    def test_last_step(self, name):
-        """A deterministic sampler ends with z₀ = ẑ₀ of the guided output, ε̂_∅ + w Δε, so at its last step the
-        trajectory's noise is that output, and the errors are (w−1)² ‖Δε‖² with the prompt and w² ‖Δε‖² without."""
-        pipe, call = family(name)
-        pipe.set_progress_bar_config(disable=True)
-        start = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
-        arguments = {"height": 16, "width": 16, "guidance_scale": 3.0, "output_type": "latent"}
-        arguments |= {"num_inference_steps": 6, "latents": start, "prompt": None} | call
-        with MIProbe(pipe, guidance_scale=3.0) as probe:
-            latents = pipe(**arguments).images
-        trace = probe.trace(latents)
-        difference = trace.difference[:, -1]
-        assert trace.difference.shape == (2, 6)
-        assert (difference > 1e-5).all()
-        torch.testing.assert_close(trace.error_conditional[:, -1], 4 * difference, rtol=0.02, atol=0)
-        torch.testing.assert_close(trace.error_null[:, -1], 9 * difference, rtol=0.02, atol=0)
-        assert trace.dot_guided.isfinite().all()
-        names = set(probe.conditioning)
-        assert ("added_cond_kwargs.text_embeds" in names) == (name == "sdxl")
-        for given, prefix in ((probe.conditioning, ""), (probe.null_conditioning, "negative_")):
-            assert torch.equal(given["encoder_hidden_states"], call[f"{prefix}prompt_embeds"])
-
-    @pytest.mark.parametrize("name", ["cogview4", "pixart"])
-    def test_no_guidance(self, name):
-        """Families whose pipelines do not tell whether they guide, and call once or twice a step."""
-        pipe, call = family(name)
-        pipe.set_progress_bar_config(disable=True)
-        start = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
-        arguments = {"height": 16, "width": 16, "guidance_scale": 1.0, "output_type": "latent", "prompt": None} | call
-        with pytest.raises(GuidanceError, match="without an unconditional half"), MIProbe(pipe):
-            pipe(**arguments, num_inference_steps=4, latents=start)
-
-
-def test_unflatten_inverts_the_names():
-    flat = {"a": torch.zeros(1), "b.c": torch.ones(1), "b.d": torch.ones(2)}
-    nested = unflatten(flat)
-    assert list(nested) == ["a", "b"]
-    assert list(nested["b"]) == ["c", "d"]
-    assert torch.equal(nested["b"]["d"], flat["b.d"])

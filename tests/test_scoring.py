@@ -10,10 +10,10 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEuler
 from PIL import Image
 from torch import nn
 
+from mitune.denoiser import denoiser_of
 from mitune.errors import GuidanceError, MituneError
 from mitune.information import UNITS, Estimate, LogisticProposal, RectifiedFlowProposal
 from mitune.path import path_of
-from mitune.probe import denoiser_of
 from mitune.scoring import default_proposal, encode_images, save_heat_map, score
 from tests.sets import tiny_sdxl
 from tests.tiny import PROMPTS, SD3_CALL, tiny_sd, tiny_sd3
@@ -248,7 +248,7 @@ class TestRefusals:
         for draws in (0, 6):
             with pytest.raises(MituneError, match=f"draws = {draws} must be a multiple of 4"):
                 score(pipe, latents, PROMPTS, draws=draws)
-        with pytest.raises(MituneError, match=r"shape \(2, 4, 64\); give \(N, C, H, W\)"):
+        with pytest.raises(MituneError, match=r"shape \(2, 4, 64\); this model takes \(N, C, H, W\)"):
             score(pipe, latents.flatten(2), PROMPTS)
         with pytest.raises(MituneError, match="differ in size"):
             score(pipe, [pictures()[0], pictures()[1].resize((32, 32))], PROMPTS)

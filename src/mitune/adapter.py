@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -10,25 +11,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import ModelMixin
+from diffusers.loaders import PeftAdapterMixin, SD3LoraLoaderMixin
 from diffusers.training_utils import cast_training_params
-from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mitune.config import FinetuneConfig, ModelConfig
+from mitune.denoiser import denoiser_of
 from mitune.errors import MituneError, ModelError
 from mitune.models import EMBEDDED, load_model
 from mitune.store import room_on, write_bytes
 
 WEIGHTS_FILE = "pytorch_lora_weights.safetensors"  # the name that pipe.load_lora_weights looks for
 CARD_FILE = "README.md"
-_BLOCKS = ("attn", "self_attn", "ff", "feed_forward", "mlp")
+PEFT_CONFIG = "adapter_config.json"  # where this is, PeftModel.from_pretrained(pipe.transformer, folder) reads it
+_BLOCK = re.compile(r"(?:^|_)(?:attn|attention|ffn?|feed_forward|mlp)\d*(?:$|_)")
 _MAGNITUDE = "lora_magnitude_vector"  # DoRA's m: one number for each row of a weight matrix
 
 
 def adapted_layers(module: nn.Module) -> list[str]:
-    """Names of the attention and fully connected layers: each nn.Linear inside a block called attn…, ff… or mlp….
+    """Names of the attention and fully connected layers: each nn.Linear inside a block called attn, ff, mlp or alike.
 
     Those are diffusers' and transformers' names; embeddings, normalization and convolutions stay as they are.
     Source: MI-TUNE, section 4. Raises ModelError if there is no such layer.
@@ -36,7 +47,7 @@ def adapted_layers(module: nn.Module) -> list[str]:
     layers = [
         name
         for name, layer in module.named_modules()
-        if isinstance(layer, nn.Linear) and any(part.startswith(_BLOCKS) for part in name.split("."))
+        if isinstance(layer, nn.Linear) and any(map(_BLOCK.search, name.split(".")))
     ]
     if not layers:
         raise ModelError(
@@ -60,7 +71,11 @@ def add_adapter(module: Any, config: FinetuneConfig) -> None:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        module.add_adapter(lora)
+        if isinstance(module, PeftAdapterMixin) or not isinstance(module, ModelMixin):
+            module.add_adapter(lora)
+        else:  # families that diffusers has no adapters for (PixArt, HunyuanDiT)
+            inject_adapter_in_model(lora, module)
+            module.peft_config = {"default": lora}
     cast_training_params(module, dtype=torch.float32)
 
 
@@ -77,7 +92,8 @@ def trainable(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
 def save_adapter(folder: Path, pipeline_class: type[Any], modules: Mapping[str, nn.Module]) -> None:
     """Writes the adapters of `modules`, by component name, into one file for `pipe.load_lora_weights(folder)`.
 
-    Rank, α and kind go into the file's header: without it, α would be read as the rank.
+    Rank, α and kind go into the file's header: without it, α would be read as the rank. For a pipeline without that
+    method, the folder is also one that PEFT reads: `PeftModel.from_pretrained(pipe.transformer, folder)`.
     """
     arguments: dict[str, Any] = {}
     for component, module in modules.items():
@@ -85,8 +101,18 @@ def save_adapter(folder: Path, pipeline_class: type[Any], modules: Mapping[str, 
         arguments[f"{component}_lora_adapter_metadata"] = _header(module)
     folder.mkdir(parents=True, exist_ok=True)
     with room_on(folder), tempfile.TemporaryDirectory(dir=folder, prefix=".") as unfinished:
-        pipeline_class.save_lora_weights(unfinished, weight_name=WEIGHTS_FILE, **arguments)
-        (Path(unfinished) / WEIGHTS_FILE).replace(folder / WEIGHTS_FILE)
+        writer = pipeline_class if hasattr(pipeline_class, "save_lora_weights") else SD3LoraLoaderMixin
+        writer.save_lora_weights(unfinished, weight_name=WEIGHTS_FILE, **arguments)
+        if writer is not pipeline_class:
+            _save_for_peft(Path(unfinished), *modules.values())
+        for file in Path(unfinished).iterdir():
+            file.replace(folder / file.name)
+
+
+def _save_for_peft(folder: Path, denoiser: Any) -> None:
+    denoiser.peft_config["default"].save_pretrained(str(folder))
+    weights = {f"base_model.model.{key}": value for key, value in _weights("transformer", denoiser).items()}
+    save_file(weights, folder / "adapter_model.safetensors")
 
 
 def load_weights(folder: Path, modules: Mapping[str, nn.Module]) -> None:
@@ -144,11 +170,15 @@ def export_fused(model: ModelConfig, adapter: Path, output: Path) -> Path:
     """
     if output.exists():
         raise MituneError(f"{output} exists already; choose another folder for the fused model.")
-    pipe: Any = load_model(replace(model, device="cpu"), adapter=adapter).pipe
-    with safe_open(adapter / WEIGHTS_FILE, framework="pt") as opened:
-        adapted = sorted({key.split(".")[0] for key in opened.keys()})  # noqa: SIM118  (no iterator)
-    pipe.fuse_lora(components=adapted, safe_fusing=True)
-    pipe.unload_lora_weights()
+    if (adapter / PEFT_CONFIG).exists():
+        pipe: Any = load_model(replace(model, device="cpu")).pipe
+        PeftModel.from_pretrained(denoiser_of(pipe), str(adapter)).merge_and_unload(safe_merge=True)
+    else:
+        pipe = load_model(replace(model, device="cpu"), adapter=adapter).pipe
+        with safe_open(adapter / WEIGHTS_FILE, framework="pt") as opened:
+            adapted = sorted({key.split(".")[0] for key in opened.keys()})  # noqa: SIM118  (no iterator)
+        pipe.fuse_lora(components=adapted, safe_fusing=True)
+        pipe.unload_lora_weights()
     output.parent.mkdir(parents=True, exist_ok=True)
     with room_on(output), tempfile.TemporaryDirectory(dir=output.parent, prefix=".") as unfinished:
         whole = Path(unfinished) / output.name
@@ -167,6 +197,10 @@ def write_card(
     embedded = model.name in EMBEDDED
     base = f"model_folder({model.name!r})" if embedded else repr(model.name)
     imports = "from mitune.models import model_folder\n" if embedded else ""
+    load = f"pipe.load_lora_weights({str(folder)!r}, weight_name={WEIGHTS_FILE!r})"
+    if (folder / PEFT_CONFIG).exists():
+        imports += "from peft import PeftModel\n"
+        load = f"pipe.transformer = PeftModel.from_pretrained(pipe.transformer, {str(folder)!r})"
     settings = "\n".join(f"| {name} | {value} |" for name, value in asdict(config).items())
     card = f"""---
 base_model: {json.dumps(model.name)}
@@ -184,7 +218,7 @@ Images were chosen by: {selection}. Iterations skipped, as the loss was not fini
 from diffusers import DiffusionPipeline
 {imports}
 pipe = DiffusionPipeline.from_pretrained({base})
-pipe.load_lora_weights({str(folder)!r}, weight_name={WEIGHTS_FILE!r})
+{load}
 ```
 
 | setting | value |

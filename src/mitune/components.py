@@ -14,7 +14,7 @@ from torch import nn
 
 from mitune.config import ModelConfig
 from mitune.errors import ModelError
-from mitune.models import model_folder, opening
+from mitune.models import model_folder, open_pipeline, open_single_denoiser, opening, parts_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,21 +28,22 @@ class Components:
     def of(cls, config: ModelConfig) -> Self:
         """Reads the list alone.
 
-        Raises ModelError if there is no such model, or if its kind has no denoiser or no adapters in diffusers.
+        Raises ModelError if there is no such model, or if its kind takes no prompt or has no denoiser.
         """
         with opening(config):
-            index = DiffusionPipeline.load_config(model_folder(config.name), revision=config.revision)
+            index = DiffusionPipeline.load_config(parts_of(config), revision=config.revision)
         name = index["_class_name"]
-        if not hasattr(getattr(diffusers, name, None), "save_lora_weights") or not {"unet", "transformer"} & set(index):
+        accepted = inspect.signature(getattr(diffusers, name).__call__).parameters if hasattr(diffusers, name) else {}
+        if "prompt" not in accepted or not {"unet", "transformer"} & set(index):
             raise ModelError(
-                f"{config.name} is a {name}, for which diffusers has no load_lora_weights; fine-tune a model of a kind "
-                "that has it, such as StableDiffusionPipeline or StableDiffusion3Pipeline."
+                f"{config.name} is a {name}, which takes no prompt or has neither a unet nor a transformer; fine-tune "
+                "a model of another kind, such as StableDiffusionPipeline or StableDiffusion3Pipeline."
             )
         return cls(config, index)
 
     @property
     def pipeline_class(self) -> type[Any]:
-        """The class whose `save_lora_weights` writes the adapter, and whose `load_lora_weights` reads it."""
+        """The class of the whole; most have `save_lora_weights` and `load_lora_weights` for adapters."""
         found: type[Any] = getattr(diffusers, self.index["_class_name"])
         return found
 
@@ -54,16 +55,28 @@ class Components:
     @property
     def text_encoder_names(self) -> list[str]:
         """The text encoders that an adapter file of this pipeline can hold: CLIP's, not T5."""
+        if not hasattr(self.pipeline_class, "save_lora_weights"):
+            return []
         accepted = inspect.signature(self.pipeline_class.save_lora_weights).parameters
         present = [name for name, part in self.index.items() if name.startswith("text_encoder") and _is_present(part)]
         return [name for name in present if f"{name}_lora_layers" in accepted]
 
     def denoiser(self) -> nn.Module:
         """The denoiser, on the CPU, in the dtype of the settings."""
-        with opening(self.config):
-            module: nn.Module = AutoModel.from_pretrained(
-                model_folder(self.config.name), subfolder=self.denoiser_name, **self._options()
-            )
+        config, name = self.config, self.denoiser_name
+        with opening(config):
+            if config.is_single_file:
+                found = open_single_denoiser(config, self.index, name)
+            else:
+                found = AutoModel.from_pretrained(
+                    model_folder(config.name),
+                    subfolder=name,
+                    revision=config.revision,
+                    variant=config.variant,
+                    dtype=getattr(torch, config.dtype),
+                    use_safetensors=True,
+                )
+        module: nn.Module = found
         return module
 
     def scheduler(self) -> Any:
@@ -71,27 +84,15 @@ class Components:
         _, name = self.index["scheduler"]
         with opening(self.config):
             return getattr(diffusers, name).from_pretrained(
-                model_folder(self.config.name), subfolder="scheduler", revision=self.config.revision
+                parts_of(self.config), subfolder="scheduler", revision=self.config.revision
             )
 
     def text_pipeline(self) -> Any:
         """The pipeline with its tokenizers and text encoders only, on the CPU: enough for `encode_prompt`."""
         kept = ("text_encoder", "tokenizer", "scheduler")
-        absent = {
-            name: None
-            for name, part in self.index.items()
-            if isinstance(part, list) and not (_is_present(part) and name.startswith(kept))
-        }
+        without = [name for name, part in self.index.items() if isinstance(part, list) and not name.startswith(kept)]
         with opening(self.config):
-            return self.pipeline_class.from_pretrained(model_folder(self.config.name), **self._options(), **absent)
-
-    def _options(self) -> dict[str, Any]:
-        return {
-            "revision": self.config.revision,
-            "variant": self.config.variant,
-            "dtype": getattr(torch, self.config.dtype),
-            "use_safetensors": True,
-        }
+            return open_pipeline(self.config, self.index, without)
 
 
 def _is_present(part: Any) -> bool:

@@ -17,11 +17,13 @@ def _require(condition: bool, sentence: str) -> None:
 class ModelConfig:
     """Which pipeline makes the images, and how it is called. None: the model's own default."""
 
-    name: str = "shapes-sd"  # hub id, folder, or the name of an embedded model
+    name: str = "shapes-sd"  # hub id, folder, single .safetensors file, or the name of an embedded model
+    base: str | None = None  # of a single file: hub id or folder of the pipeline that it is a part of, or all
     revision: str | None = None
     variant: str | None = None
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     device: str = "auto"  # "auto" takes the GPU if there is one
+    offload: Literal["none", "model", "sequential"] = "none"  # parts that wait stay on the CPU: slower, less memory
     guidance_scale: float | None = None
     steps: int | None = None
     call: dict[str, Any] = field(default_factory=dict)  # further arguments of the pipeline's call, e.g. height
@@ -30,11 +32,25 @@ class ModelConfig:
         scale, steps = self.guidance_scale, self.steps
         _require(bool(self.name), "model.name is empty; give a hub id, a folder, or an embedded model (shapes-sd).")
         _require(
+            not self.name.endswith((".ckpt", ".pt", ".pth", ".bin")),
+            f"model.name = {self.name} is a file that may run code when opened; convert it to .safetensors.",
+        )
+        _require(
+            self.is_single_file == (self.base is not None),
+            f"model.name = {self.name} and model.base = {self.base} do not fit: a single .safetensors file, and it "
+            "alone, needs a base, the hub id or folder of the pipeline that it is part of.",
+        )
+        _require(
             scale is None or scale > 1,
             f"model.guidance_scale = {scale} must be above 1: at 1 or below, pipelines skip the pass without the "
             "prompt, and mutual information needs both.",
         )
         _require(steps is None or steps >= 2, f"model.steps = {steps} must be at least 2.")
+
+    @property
+    def is_single_file(self) -> bool:
+        """Whether all weights are in one file, as other programs keep them."""
+        return self.name.endswith(".safetensors")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

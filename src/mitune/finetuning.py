@@ -6,7 +6,6 @@ timesteps of iteration i are a function of (seed, i) alone, so a run that was st
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -30,7 +29,7 @@ from mitune.components import Components
 from mitune.config import FinetuneConfig, ModelConfig
 from mitune.errors import MituneError
 from mitune.loss import Draw, denoising_errors, draw, encode, shift_of
-from mitune.models import call_arguments, device_of
+from mitune.models import adapter_checksum, call_arguments, device_of
 from mitune.path import path_of
 from mitune.store import claim, room_on, write_bytes
 from mitune.training_set import TrainingSet
@@ -89,11 +88,8 @@ def _identity(
     """All that the adapter is a function of; the micro-batch changes its rounding at most."""
     settings = asdict(config)
     del settings["micro_batch_size"], settings["checkpoint_every"]
-    earlier = None
-    if start_from is not None and (start_from / WEIGHTS_FILE).exists():
-        earlier = hashlib.sha256((start_from / WEIGHTS_FILE).read_bytes()).hexdigest()
     source = {"model": model.name, "revision": model.revision, "variant": model.variant, "dtype": model.dtype}
-    return {**source, "set": images.checksum, "start_from": earlier, **settings}
+    return {**source, "set": images.checksum, "start_from": adapter_checksum(start_from), **settings}
 
 
 @contextmanager

@@ -16,8 +16,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mitune.conditioning import stack
 from mitune.information import Trace
-from mitune.models import Model
+from mitune.models import Model, guidance_name, prompted
 from mitune.probe import MIProbe
 
 log = logging.getLogger(__name__)
@@ -62,13 +63,12 @@ def quiet_pipelines() -> Iterator[None]:
 def generate(model: Model, requests: Sequence[Request], batch_size: int) -> Batch:
     """Runs the pipeline once, with the probe, for at most `batch_size` requests."""
     filled = [requests[i % len(requests)] for i in range(batch_size)]
-    with MIProbe(model.pipe, guidance_scale=model.call.get("guidance_scale")) as probe, quiet_pipelines():
+    with MIProbe(model.pipe, guidance_scale=model.guidance_scale) as probe, quiet_pipelines():
         latents = model.pipe(
-            prompt=[request.prompt for request in filled],
             generator=[torch.Generator().manual_seed(request.seed) for request in filled],
             output_type="latent",
-            **model.call,
-        ).images
+            **prompted(model.pipe, [request.prompt for request in filled], model.call),
+        )[0]
     kept = len(requests)
     return Batch(
         latents=latents[:kept].float().cpu(),
@@ -100,24 +100,38 @@ def generate_all(
 @torch.no_grad()
 def condition(model: Model, prompts: Sequence[str], batch_size: int = 64) -> dict[str, Tensor]:
     """What the pipeline tells its denoiser of each prompt, (N, ...) each: from a run of two steps."""
-    parts: list[dict[str, Tensor]] = []
+    rows: list[dict[str, Tensor]] = []
     call = model.call | {"num_inference_steps": 2, "output_type": "latent"}
     for start in range(0, len(prompts), batch_size):
         some = list(prompts[start : start + batch_size])
         with MIProbe(model.pipe) as probe, quiet_pipelines():
-            model.pipe(prompt=some, generator=torch.Generator().manual_seed(0), **call)
-        parts.append(probe.conditioning)
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+            model.pipe(generator=torch.Generator().manual_seed(0), **prompted(model.pipe, some, call))
+        told = probe.conditioning
+        rows += [{name: tensor[row] for name, tensor in told.items()} for row in range(len(some))]
+    return stack(rows)
 
 
 @torch.no_grad()
 def decode(model: Model, latents: Tensor, batch_size: int = 64) -> list[Image.Image]:
-    """Pictures of latents (N, C, H, W) that are in the denoiser's space."""
+    """Pictures of latents (N, C, H, W), or packed, that are in the denoiser's space."""
+    if latents.ndim != 4:
+        return [image for chunk in torch.split(latents, batch_size) for image in _decode_through_pipeline(model, chunk)]
     vae, images = model.pipe.vae, []
     shift = getattr(vae.config, "shift_factor", None) or 0.0
     for start in range(0, len(latents), batch_size):
         chunk = latents[start : start + batch_size]
-        scaled = chunk.to(vae.device, vae.dtype) / vae.config.scaling_factor + shift
+        scaled = chunk.to(model.pipe._execution_device, vae.dtype) / vae.config.scaling_factor + shift
         decoded = vae.decode(scaled, return_dict=False)[0]
         images += model.pipe.image_processor.postprocess(decoded, output_type="pil")
+    return images
+
+
+def _decode_through_pipeline(model: Model, latents: Tensor) -> list[Image.Image]:
+    """Pictures of packed latents: the pipeline, which alone knows how to unpack them, gets them at its last step."""
+    call = {**model.call, "num_inference_steps": 1, guidance_name(type(model.pipe)): 1.0}
+    given = latents.to(model.pipe._execution_device, model.pipe.vae.dtype)
+    with quiet_pipelines():
+        images: list[Image.Image] = model.pipe(
+            callback_on_step_end=lambda *_: {"latents": given}, **prompted(model.pipe, [""] * len(latents), call)
+        )[0]
     return images

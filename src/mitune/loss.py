@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from mitune.config import FinetuneConfig
+from mitune.denoiser import network_output
 from mitune.errors import ModelError
 from mitune.path import NoisePath
-from mitune.probe import family_of, unflatten
 from mitune.training_set import TrainingSet
 
 _POOLED = ("pooled_projections", "added_cond_kwargs.text_embeds")  # what SD3 and SDXL call the pooled prompt
@@ -79,14 +79,7 @@ def denoising_errors(
 
     latents and noise: (B, C, H, W); timesteps: (B,); conditioning: (B, ...) each.
     """
-    family, dtype = family_of(denoiser), denoiser.dtype
-    noisy = path.add_noise(latents, noise, timesteps)
-    arguments = {name: value.to(dtype) if value.is_floating_point() else value for name, value in conditioning.items()}
-    told = family.timestep_factor * timesteps + family.timestep_offset
-    output = denoiser(noisy.to(dtype), timestep=told, **unflatten(arguments), return_dict=False)[0]
-    predicted: Tensor = output[:, : latents.shape[1]].float()  # further channels are a learned variance
-    if family.negated:
-        predicted = -predicted
+    predicted = network_output(denoiser, path.add_noise(latents, noise, timesteps), conditioning, timesteps)
     errors = (predicted - target_of(latents, noise, timesteps, path)) ** 2
     return errors.flatten(1).mean(dim=1)
 

@@ -11,13 +11,29 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, FlowMatchLCMScheduler
+from diffusers import (
+    DDIMInverseScheduler,
+    DPMSolverMultistepInverseScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    FlowMatchLCMScheduler,
+    KDPM2AncestralDiscreteScheduler,
+    KDPM2DiscreteScheduler,
+)
 from torch import Tensor
 
 from mitune.errors import MituneError
 from mitune.information import Predicts, alpha_sigma
 
 _FLOW_MATCH = (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, FlowMatchLCMScheduler)
+_INVERSE = (DDIMInverseScheduler, DPMSolverMultistepInverseScheduler)  # from clean to noise
+_MIDPOINTS = (KDPM2DiscreteScheduler, KDPM2AncestralDiscreteScheduler)
+_UNPLACED = (  # option, the value that is not known, and the one that is
+    ("invert_sigmas", True, False),
+    ("timestep_type", "continuous", "discrete"),
+    ("interpolation_type", "log_linear", "linear"),
+    ("use_karras_sigmas", True, False),
+)
 _PREDICTS: dict[str, Predicts] = {
     "epsilon": "epsilon",
     "v_prediction": "velocity",
@@ -108,11 +124,12 @@ def path_of(scheduler: Any) -> NoisePath:
 
     Known: the flow-matching Euler, Heun and LCM schedulers, and every scheduler with a table of ᾱ (DDPM, DDIM, PNDM,
     DPM-Solver++, UniPC, DEIS, Euler, Euler ancestral, Heun, LMS, KDPM2, LCM, …), also with `use_flow_sigmas`.
-    Raises MituneError for any other scheduler or prediction type.
+    Raises MituneError for any other scheduler or prediction type (`docs/support.md` lists both).
     """
     name, config = type(scheduler).__name__, getattr(scheduler, "config", None)
     is_flow_match = isinstance(scheduler, _FLOW_MATCH)
-    if config is None or not (is_flow_match or hasattr(scheduler, "alphas_cumprod")):
+    has_table = hasattr(scheduler, "alphas_cumprod") and "prediction_type" in (config or {})
+    if config is None or isinstance(scheduler, _INVERSE) or not (is_flow_match or has_table):
         raise MituneError(
             f"Scheduler {name} has no noise path that mitune knows; set pipe.scheduler to one with alphas_cumprod, "
             "such as DDIMScheduler.from_config(pipe.scheduler.config), or to FlowMatchEulerDiscreteScheduler."
@@ -123,11 +140,13 @@ def path_of(scheduler: Any) -> NoisePath:
             f"Scheduler {name} has prediction_type={prediction!r}; mitune knows {', '.join(_PREDICTS)}. Load the "
             "scheduler with the type that the model was trained for."
         )
-    if config.get("invert_sigmas") or config.get("timestep_type") == "continuous":
-        raise MituneError(
-            f"Scheduler {name} hands the denoiser inverted or continuous noise levels, which mitune cannot place on a "
-            "path; set invert_sigmas=False and timestep_type='discrete'."
-        )
+    for option, unknown, instead in _UNPLACED:
+        # KDPM2 with Karras' steps goes beyond its table, where the time that the denoiser is told stands still.
+        if config.get(option) == unknown and (option != "use_karras_sigmas" or isinstance(scheduler, _MIDPOINTS)):
+            raise MituneError(
+                f"Scheduler {name} with {option}={unknown!r} hands the denoiser noise levels that mitune cannot place "
+                f"on a path; set {option}={instead!r}."
+            )
     is_flow = is_flow_match or bool(config.get("use_flow_sigmas")) or prediction == "flow_prediction"
     training_steps = int(config.num_train_timesteps)
     if scheduler.timesteps is None:  # PNDM before its first run

@@ -19,7 +19,9 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from mitune.conditioning import stack
 from mitune.config import PoolConfig
+from mitune.contrast import POST_HOC, post_hoc, rivals_of
 from mitune.errors import MituneError
 from mitune.generate import Batch, Request, candidate_seed, decode, generate_all
 from mitune.information import SCORES, Trace
@@ -72,7 +74,7 @@ def build_pool(
     finds all records present writes the sets. `identity` names what else made the images, e.g. an adapter's checksum.
     Raises MituneError for an unknown selection, an oracle without a metric, or a folder of other settings.
     """
-    rules = [parse_rule(text, list(SCORES)) for text in config.select]
+    rules = [parse_rule(text, [*SCORES, *POST_HOC]) for text in config.select]
     if metric is None and any(rule.by == ORACLE for rule in rules):
         raise MituneError("pool.select names 'oracle', but this model comes with no judge; leave it out.")
     settings = {"model": model.name, "call": model.call, "made_with": identity, "prompts": list(prompts)}
@@ -120,8 +122,9 @@ class _Candidates:
         for name, values in batch.trace.select([row]).to_columns().items():
             self.terms.setdefault(name, []).extend(values)
         if not self.conditioning:
-            self.conditioning = {name: tensor[row] for name, tensor in batch.conditioning.items()}
-            self.conditioning |= {f"null.{name}": tensor[row] for name, tensor in batch.null_conditioning.items()}
+            self.conditioning = {name: tensor[row].clone() for name, tensor in batch.conditioning.items()}
+            nulls = {f"null.{name}": tensor[row].clone() for name, tensor in batch.null_conditioning.items()}
+            self.conditioning |= nulls  # clones, as a file takes no tensors that share memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +150,9 @@ class _Pool:
         if not finite.all():
             log.warning("%s: %d candidates came out as NaN and are left out.", prompt, int((~finite).sum()))
         trace = Trace.from_columns(candidates.terms)
-        scores = {name: score(trace).where(finite, torch.nan).tolist() for name, score in SCORES.items()}
+        free = {name: score(trace).where(finite, torch.nan) for name, score in SCORES.items()}
+        scores = {name: values.tolist() for name, values in free.items()}
+        scores |= {name: self.post_hoc(name, index, latents, finite, free) for name in self.post_hoc_names}
         columns: dict[str, Sequence[Any]] = {
             "prompt_index": [index] * count,
             "prompt": [prompt] * count,
@@ -170,9 +175,23 @@ class _Pool:
         tensors |= {f"conditioning.{name}": tensor for name, tensor in candidates.conditioning.items()}
         self.records.write(index, pa.table({name: list(values) for name, values in columns.items()}), tensors)
 
+    @property
+    def post_hoc_names(self) -> list[str]:
+        """Scores that select and cost further denoiser calls: only these are paid for."""
+        return list(dict.fromkeys(rule.by for rule in self.rules if rule.by in POST_HOC))
+
+    def post_hoc(
+        self, name: str, index: int, latents: Tensor, finite: Tensor, free: Mapping[str, Tensor]
+    ) -> list[float]:
+        prompt, seed = self.prompts[index], self.config.seed
+        rivals = rivals_of(prompt, self.prompts, seed=seed)
+        clean = latents.nan_to_num()
+        values = post_hoc(name, self.model, clean, prompt, rivals, free, seed=seed, batch_size=self.config.batch_size)
+        return values.where(finite, torch.nan).tolist()
+
     def _extremes(self, scores: Mapping[str, Sequence[float]]) -> list[int]:
         """The best and the worst by the first score that selects, for the report to show."""
-        by = next((rule.by for rule in self.rules if rule.by in SCORES), "mi-tune")
+        by = next((rule.by for rule in self.rules if rule.by in (*SCORES, *POST_HOC)), "mi-tune")
         order = select(scores[by], self.config.candidates)
         return order[:EXTREMES] + order[-EXTREMES:]
 
@@ -213,9 +232,8 @@ def _write_set(model: Model, records: Sequence[tuple[pa.Table, dict[str, Tensor]
     for row, image in zip(rows, decode(model, stacked), strict=True):
         write_image(target / row["file_name"], image)
     write_tensors(target / "latents.safetensors", {"latents": stacked})
-    names = conditioning[0]
     write_tensors(
         target / "conditioning.safetensors",
-        {name.removeprefix("conditioning."): torch.stack([c[name] for c in conditioning]) for name in names},
+        {name.removeprefix("conditioning."): tensor for name, tensor in stack(conditioning).items()},
     )
     write_bytes(target / "metadata.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())

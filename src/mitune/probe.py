@@ -12,58 +12,22 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType, TracebackType
+from types import TracebackType
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from mitune.errors import GuidanceError, MituneError, ModelError
+from mitune.conditioning import flatten
+from mitune.denoiser import Family, as_tensor, denoiser_of, family_of
+from mitune.errors import GuidanceError, MituneError
 from mitune.information import Trace, alpha_sigma, epsilon_and_sample, epsilon_difference, true_noise
 from mitune.path import NoisePath, path_of
 
-
-@dataclass(frozen=True, slots=True)
-class Family:
-    """What a family of denoisers does unlike SD and SD3: one call a step for [unconditional; conditional] halves."""
-
-    separate_calls: bool = False  # two calls a step instead, the conditional one first
-    timestep_factor: float = 1.0  # the denoiser is told factor · t + offset, t the scheduler's timestep
-    timestep_offset: float = 0.0
-    negated: bool = False  # the pipeline turns the output's sign before the scheduler takes it
-
-
-_FAMILIES: Mapping[str, Family] = MappingProxyType(
-    {
-        "AuraFlowTransformer2DModel": Family(timestep_factor=1e-3),
-        "CogView4Transformer2DModel": Family(separate_calls=True),
-        "Lumina2Transformer2DModel": Family(
-            separate_calls=True, timestep_factor=-1e-3, timestep_offset=1.0, negated=True
-        ),
-    }
-)
-
-
-def denoiser_of(pipe: Any) -> nn.Module:
-    """The network that a diffusers pipeline denoises with: `pipe.unet` or `pipe.transformer`.
-
-    Raises ModelError if there is neither.
-    """
-    for name in ("unet", "transformer"):
-        module = getattr(pipe, name, None)
-        if isinstance(module, nn.Module):
-            return module
-    raise ModelError(
-        f"{type(pipe).__name__} has neither a unet nor a transformer; mitune scores diffusers pipelines that denoise "
-        "with one of them."
-    )
-
-
-def family_of(denoiser: nn.Module) -> Family:
-    """The row of the table for this denoiser; that of SD and SD3 if it has none of its own."""
-    return _FAMILIES.get(type(denoiser).__name__, Family())
+_TRUE_SCALE = "true_cfg_scale"  # what pipelines of guidance-distilled models call the scale of true guidance
+_ROUNDING = 0.01  # of the training steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,21 +54,28 @@ class _Call:
     timestep: Tensor
     output: Tensor
     conditioning: dict[str, Any]
+    address: int  # of the z that the pipeline handed over
 
 
 @dataclass(slots=True)
 class _Run:
     """What the hook has seen of one call of the pipeline."""
 
-    batch: int = 0  # rows of the denoiser's input at the first step
+    batch: int = 0  # rows of the denoiser's input at the first step,
+    total: int = 0  # of so many candidates
     conditioning: tuple[dict[str, Any], ...] = ()  # of the first step: one for both halves, or conditional and null
     candidates: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))  # left of the first step's
     steps: list[_Step] = field(default_factory=list)
     pending: _Call | None = None  # the conditional call of a step whose unconditional one is yet to come
     finished: bool = False
 
+    @property
+    def narrowed(self) -> bool:
+        """Whether candidates were dropped."""
+        return len(self.candidates) < self.total
+
     def begin(self, candidates: int, *calls: _Call) -> None:
-        self.batch = len(calls[0].noisy)
+        self.batch, self.total = len(calls[0].noisy), candidates
         self.conditioning = tuple(call.conditioning for call in calls)
         self.candidates = torch.arange(candidates)
 
@@ -115,31 +86,44 @@ class MIProbe:
     Keeps z and both outputs of each step on the device: three tensors of the latents' size and dtype a candidate and
     step (10 MB for 50 steps of SD at 512² in float32). The trace of a call stands until the pipeline is called again.
 
-    guidance_scale is only needed for the score rfmi-release on pipelines that do not tell theirs (PixArt, AuraFlow).
+    guidance_scale is only needed for the score rfmi-release on pipelines that do not tell theirs (PixArt, AuraFlow,
+    those with true_cfg_scale). on_step is called after each step with the probe itself, which may `keep` some.
     Raises ModelError or MituneError at the start if the pipeline's denoiser or scheduler is not known, and
     GuidanceError from within the pipeline if it makes no pass without the prompt.
     """
 
-    def __init__(self, pipe: Any, *, guidance_scale: float | None = None) -> None:
+    def __init__(
+        self,
+        pipe: Any,
+        *,
+        guidance_scale: float | None = None,
+        on_step: Callable[[MIProbe], None] | None = None,
+    ) -> None:
         self.pipe = pipe
         self.denoiser = denoiser_of(pipe)
         self._family = family_of(self.denoiser)
         self._signature = inspect.signature(self.denoiser.forward)
+        self._call_parameters = inspect.signature(type(pipe).__call__).parameters
         self._guidance_scale = guidance_scale
-        self._handle: torch.utils.hooks.RemovableHandle | None = None
+        self._on_step = on_step
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._run = _Run()
+        self._taken: _Taken | None = None
+        self._address = 0
 
     def __enter__(self) -> Self:
         path_of(self.pipe.scheduler)  # refuses an unknown scheduler before the first image is paid for
-        self._handle = self.denoiser.register_forward_hook(self._watch, with_kwargs=True)
+        self._handles = [
+            self.denoiser.register_forward_pre_hook(self._narrow, with_kwargs=True),
+            self.denoiser.register_forward_hook(self._watch, with_kwargs=True),
+        ]
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
+        while self._handles:
+            self._handles.pop().remove()
 
     @property
     def steps(self) -> int:
@@ -148,32 +132,43 @@ class MIProbe:
 
     @property
     def conditioning(self) -> dict[str, Tensor]:
-        """What the denoiser is conditioned on with the prompt: each tensor argument but z and t, (B, ...), by name.
+        """What the denoiser is told with the prompt: its arguments but z and t, (B, ...), as in `mitune.conditioning`.
 
-        Nested arguments are flattened with dots (added_cond_kwargs.text_embeds); `unflatten` undoes that. Tensors
-        without a batch dimension are repeated. Arguments that are no tensors are left out.
+        Raises ModelError for arguments that cannot be kept candidate by candidate (ControlNet).
         """
-        return self._conditioning_at(0 if self._family.separate_calls else self._run.batch // 2, self._run.conditioning)
+        family = self._family
+        first = 0 if family.separate_calls or family.conditional_first else self._run.batch // 2
+        return self._conditioning_at(first, self._run.conditioning)
 
     @property
     def null_conditioning(self) -> dict[str, Tensor]:
         """The same without the prompt."""
-        return self._conditioning_at(0, self._run.conditioning[::-1])
+        first = self._run.batch // 2 if self._family.conditional_first else 0
+        return self._conditioning_at(first, self._run.conditioning[::-1])
 
     def keep(self, candidates: Sequence[int]) -> None:
-        """Forgets all other candidates; call it when a callback hands the pipeline fewer latents.
+        """Drops all other candidates: from the next step on, the denoiser is not called for them.
 
-        candidates: their places in the present batch. A `trace` taken before keeps what is known of those dropped.
+        candidates: their places in the present batch. The pipeline may go on with all latents, of which those dropped
+        become meaningless, or a callback may hand it the kept ones alone. A `trace` taken before keeps what is known
+        of those dropped.
         """
         index = torch.tensor(candidates, dtype=torch.long)
         self._run.steps = [step.select(index) for step in self._run.steps]
         self._run.candidates = self._run.candidates[index]
 
+    @property
+    def candidates(self) -> list[int]:
+        """The places, in the first step's batch, of the candidates that are left."""
+        places: list[int] = self._run.candidates.tolist()
+        return places
+
     def trace(self, latents: Tensor | None = None) -> Trace:
         """The terms of all steps so far, (B, T).
 
-        latents: the final z₀ (B, C, H, W) as the denoiser sees it, `output_type="latent"`; the denoising errors need
-        it and are NaN without. Raises MituneError if there is nothing to trace, or more than one call of the pipeline.
+        latents: the final z₀ (B, ...) as the denoiser sees it, `output_type="latent"`, of all candidates or of those
+        left; the denoising errors need it and are NaN without. Raises MituneError if there is nothing to trace, or
+        more than one call of the pipeline.
         """
         if self._run.pending is not None:
             raise GuidanceError(self._no_guidance())
@@ -184,22 +179,51 @@ class MIProbe:
                 "probe.trace(latents) after each call of the pipeline."
             )
         self._run.finished = latents is not None
+        if latents is not None and self._run.narrowed and len(latents) == self._run.total:
+            latents = latents[self._run.candidates.to(latents.device)]
         return _trace(steps, latents, path, self._family)
 
-    def _watch(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if kwargs.get("skip_layers") is not None:
-            return  # skip-layer guidance of SD3.5: a third, crippled output, no part of the integral
+    def _narrow(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Takes the rows of dropped candidates out of what the pipeline hands the denoiser."""
+        run, bound = self._run, self._signature.bind(*args, **kwargs)
+        handed = bound.arguments[next(iter(self._signature.parameters))]
+        rows, self._address = len(handed), handed[0].data_ptr()
+        if run.finished or not run.narrowed:
+            return None
+        if rows != (run.total if _skips_layers(kwargs) else run.batch):
+            return None  # a callback has dropped them
+        starts = torch.arange(0, rows, run.total).unsqueeze(1)
+        self._taken = _Taken((starts + run.candidates).flatten(), rows)
+        for name, value in bound.arguments.items():
+            if name not in self._family.shared:
+                bound.arguments[name] = self._taken.of(value)
+        return bound.args, bound.kwargs
+
+    def _watch(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        taken, self._taken = self._taken, None
+        whole = None if taken is None else (taken.back(_prediction(output)),)
+        if _skips_layers(kwargs):
+            return whole  # skip-layer guidance of SD3.5: a third, crippled output, no part of the integral
         if self._run.finished:
             self._run = _Run()
-        call = self._read(args, kwargs, output)
+        call, seen = self._read(args, kwargs, output), self.steps
         if self._family.separate_calls:
             self._watch_separate(call)
-            return
+        else:
+            self._watch_halves(call)
+        if self._on_step is not None and self.steps > seen:
+            self._on_step(self)
+        return whole
+
+    def _watch_halves(self, call: _Call) -> None:
         half = len(call.noisy) // 2
         if not self._run.steps:
             self._check_halves(call.noisy)
             self._run.begin(half, call)
-        self._append(call, conditional=call.output[half:], null=call.output[:half], noisy=call.noisy[:half])
+        null, conditional = call.output[:half], call.output[half:]
+        if self._family.conditional_first:
+            null, conditional = conditional, null
+        self._append(call, conditional=conditional, null=null, noisy=call.noisy[:half])
 
     def _watch_separate(self, call: _Call) -> None:
         pending = self._run.pending
@@ -207,7 +231,7 @@ class MIProbe:
             self._run.pending = call
             return
         # Without guidance, this is the next step's conditional call, on new latents.
-        if call.noisy.data_ptr() != pending.noisy.data_ptr():
+        if call.address != pending.address:
             raise GuidanceError(self._no_guidance())
         if not self._run.steps:
             self._run.begin(len(call.noisy), pending, call)
@@ -216,10 +240,10 @@ class MIProbe:
 
     def _read(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> _Call:
         arguments = dict(self._signature.bind(*args, **kwargs).arguments)
-        noisy = arguments.pop(next(iter(self._signature.parameters)))
-        timestep = torch.as_tensor(arguments.pop("timestep"))
-        predicted = output[0] if isinstance(output, tuple) else output.sample
-        return _Call(noisy, timestep, -predicted if self._family.negated else predicted, arguments)
+        noisy = as_tensor(arguments.pop(next(iter(self._signature.parameters))))
+        timestep = torch.as_tensor(arguments.pop(self._family.timestep_name))
+        predicted = as_tensor(_prediction(output))
+        return _Call(noisy, timestep, -predicted if self._family.negated else predicted, arguments, self._address)
 
     def _check_halves(self, noisy: Tensor) -> None:
         # The only time that the device is waited for, once a call: halves that differ are two sets of candidates.
@@ -238,7 +262,7 @@ class MIProbe:
         # Learned variances and the extra inputs of inpainting are further channels.
         channels = min(noisy.shape[1], conditional.shape[1])
         noisy, conditional, null = (x.detach()[:, :channels].clone() for x in (noisy, conditional, null))
-        scale = self._guidance_scale or getattr(self.pipe, "guidance_scale", None) or math.nan
+        scale = self._scale() + self._family.added_guidance
         run.steps.append(_Step(call.timestep.flatten()[0].clone(), noisy, conditional, null, scale))
 
     def _seen_steps(self) -> list[_Step]:
@@ -246,54 +270,78 @@ class MIProbe:
             raise MituneError("The probe has seen no denoising step; call the pipeline within `with MIProbe(pipe):`.")
         return self._run.steps
 
+    def _scale(self) -> float:
+        told = None if _TRUE_SCALE in self._call_parameters else getattr(self.pipe, "guidance_scale", None)
+        return self._guidance_scale or told or math.nan
+
     def _conditioning_at(self, first: int, calls: tuple[dict[str, Any], ...]) -> dict[str, Tensor]:
         """Rows of the candidates that are left, counted from `first`, in the arguments of the first of `calls`."""
         self._seen_steps()
-        candidates, rows = self._run.candidates, {}
-        for name, value in _flatten(calls[0]).items():
-            if value.ndim and len(value) == self._run.batch:
-                rows[name] = value[(candidates + first).to(value.device)]
-            else:
-                rows[name] = value.expand(len(candidates), *value.shape)
-        return rows
+        family = self._family
+        return flatten(
+            calls[0], self._run.batch, self._run.candidates + first, shared=family.shared, listed=family.listed
+        )
 
     def _no_guidance(self) -> str:
+        if _TRUE_SCALE in self._call_parameters:
+            remedy = f"Set {_TRUE_SCALE} > 1 and a negative_prompt, which may be a blank."
+        elif getattr(self.pipe, "do_classifier_free_guidance", False):
+            remedy = "As it says that it makes both, mitune does not know this kind of model; see docs/support.md."
+        else:
+            remedy = "Set guidance_scale > 1, or pick a model that is not guidance-distilled."
         return (
             f"{type(self.pipe).__name__} ran its denoiser without an unconditional half at step {self.steps}; mutual "
-            "information needs both. Set guidance_scale > 1, or pick a model that is not guidance-distilled."
+            f"information needs both. {remedy}"
         )
 
 
-def unflatten(conditioning: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Keyword arguments for the denoiser from `MIProbe.conditioning`: names with dots become nested dictionaries."""
-    nested: dict[str, Any] = {}
-    for name, value in conditioning.items():
-        *parents, last = name.split(".")
-        inner = nested
-        for parent in parents:
-            inner = inner.setdefault(parent, {})
-        inner[last] = value
-    return nested
+@dataclass(frozen=True, slots=True)
+class _Taken:
+    """Some rows out of many."""
+
+    picked: Tensor
+    rows: int
+
+    def of(self, value: Any) -> Any:
+        """The picked rows of a tensor or of a list with one item a row, also inside a mapping; all else as it is."""
+        if isinstance(value, Mapping):
+            return {key: self.of(item) for key, item in value.items()}
+        if isinstance(value, Tensor) and value.ndim and len(value) == self.rows:
+            return value[self.picked.to(value.device)]
+        if isinstance(value, list) and len(value) == self.rows:
+            return [value[row] for row in self.picked.tolist()]
+        return value
+
+    def back(self, value: Any) -> Any:
+        """The picked rows in their places, with zeros in the others."""
+        if isinstance(value, list):
+            whole = [torch.zeros_like(value[0])] * self.rows
+            for row, item in zip(self.picked.tolist(), value, strict=True):
+                whole[row] = item
+            return whole
+        zeros = value.new_zeros(self.rows, *value.shape[1:])
+        return zeros.index_copy(0, self.picked.to(value.device), value)
 
 
-def _flatten(arguments: Mapping[str, Any], prefix: str = "") -> dict[str, Tensor]:
-    flat: dict[str, Tensor] = {}
-    for name, value in arguments.items():
-        if isinstance(value, Tensor):
-            flat[prefix + name] = value.detach()
-        elif isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{name}.")
-        elif isinstance(value, (list, tuple)) and any(isinstance(item, Tensor) for item in value):
-            raise ModelError(
-                f"The denoiser takes a list of tensors as {prefix}{name}, which cannot be kept candidate by candidate; "
-                "leave out what the pipeline makes it from (ControlNet, adapters), or score on-line alone."
-            )
-    return flat
+def _prediction(output: Any) -> Any:
+    return output[0] if isinstance(output, tuple) else output.sample
+
+
+def _skips_layers(kwargs: Mapping[str, Any]) -> bool:
+    return kwargs.get("skip_layers") is not None
 
 
 def _trace(steps: Sequence[_Step], latents: Tensor | None, path: NoisePath, family: Family) -> Trace:
     told = torch.stack([step.timestep for step in steps]).float().cpu()
-    timestep, log_snr = path.at_steps((told - family.timestep_offset) / family.timestep_factor)
+    told = (told - family.timestep_offset) / family.timestep_factor
+    timestep, log_snr = path.at_steps(told)
+    # Half precision rounds t by 0.4 % at the most. Anything else would put the terms at a wrong λ.
+    astray = (told - timestep).abs().max() > _ROUNDING * path.training_steps
+    if astray or len(set(told.tolist())) > len(set(timestep.tolist())):
+        raise MituneError(
+            f"The denoiser was told the time {told[0]:g} at the first step, which is none of its scheduler's; mitune "
+            "does not know this kind of model. Please report it."
+        )
     terms = [_terms(step, latents, level, path) for step, level in zip(steps, log_snr, strict=True)]
     rows = torch.stack(terms, dim=-1).cpu()  # (5, B, T)
     return Trace(

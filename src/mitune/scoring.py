@@ -6,6 +6,7 @@ unmodified pipeline, watched by the probe; after that the denoiser is called alo
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from matplotlib.figure import Figure
 from PIL.Image import Image
 from torch import Generator, Tensor
 
+from mitune.denoiser import denoiser_of, family_of, network_output
 from mitune.errors import MituneError
 from mitune.information import (
     TRUNCATION,
@@ -30,8 +32,9 @@ from mitune.information import (
     epsilon_and_sample,
     point_wise_draws,
 )
+from mitune.models import guidance_name, prompted
 from mitune.path import NoisePath, path_of
-from mitune.probe import MIProbe, denoiser_of, family_of, unflatten
+from mitune.probe import MIProbe
 
 NOISINGS_A_STRATUM = 4  # two independent antithetic pairs
 
@@ -42,7 +45,8 @@ class ImageScores:
 
     estimates: list[Estimate]
     draws: Tensor  # (N, strata, 2), float32
-    maps: Tensor  # (N, h, w), float32, on the grid of the latents; its sum is the value of the estimate
+    maps: Tensor  # (N, h, w), float32, on the grid of the latents ((N, f, h, w) for a film, (N, l) for sound); its
+    # sum is the value of the estimate
 
 
 @torch.no_grad()
@@ -60,10 +64,11 @@ def score(
 ) -> ImageScores:
     """I(z₀; p) of each image with the prompt beside it, in nats; for self-confidence −‖ε̂_p − ε‖² per dimension.
 
-    images: N pictures, or latents (N, C, H, W) as the denoiser sees them. prompts: N. draws: noisings of each image,
+    images: N pictures, or latents (N, ...) as the denoiser sees them. prompts: N. draws: noisings of each image,
     a multiple of 4 (two antithetic pairs a stratum of λ). A seed gives all images the same noise, whatever the
     batch_size. proposal: where in λ; by default `default_proposal`. call: the arguments that the pipeline is used
-    with, where they shape its conditioning (negative_prompt, max_sequence_length); others do no harm.
+    with, where they shape its conditioning (negative_prompt, max_sequence_length; for packed latents, films and sound
+    also their size); others do no harm.
 
     Raises MituneError for numbers that do not fit and for an unknown estimator or scheduler, and GuidanceError if the
     model has no pass without the prompt.
@@ -78,15 +83,19 @@ def score(
         raise MituneError(f"There is no estimator {estimator!r}; the known ones are {', '.join(UNITS)}.")
     path = path_of(pipe.scheduler)
     latents = images if isinstance(images, Tensor) else encode_images(pipe, images)
-    if latents.ndim != 4:
-        raise MituneError(f"The latents have shape {tuple(latents.shape)}; give (N, C, H, W), not packed.")
+    packs = hasattr(pipe, "_pack_latents")
+    if hasattr(pipe, "image_processor") and latents.ndim != (3 if packs else 4):
+        wanted = "packed, (N, S, C)" if packs else "(N, C, H, W), not packed"
+        raise MituneError(f"The latents have shape {tuple(latents.shape)}; this model takes {wanted}.")
+    packed = packs and latents.ndim == 3
     chunks = []
     for start in range(0, len(prompts), batch_size):
         some = slice(start, start + batch_size)
-        denoiser = _PipelineDenoiser(pipe, path, latents[some], prompts[some], call or {})
+        denoiser = _PipelineDenoiser(pipe, path, latents[some], prompts[some], call or {}, packed=packed)
+        given = latents[some].to(denoiser.device)
         chunk = point_wise_draws(
             denoiser,
-            latents[some].to(denoiser.device),
+            given.transpose(1, 2) if packed else given,
             estimator=estimator,
             proposal=proposal or default_proposal(path),
             strata=draws // NOISINGS_A_STRATUM,
@@ -96,12 +105,20 @@ def score(
         )
         chunks.append(chunk.cpu())
     spatial = torch.cat(chunks)  # (N, strata, 2, h, w)
-    summed = spatial.sum(dim=(-2, -1))
+    summed = spatial.flatten(3).sum(dim=3)
+    maps = spatial.mean(dim=(1, 2))
     return ImageScores(
         estimates=[Estimate.of_strata(row, UNITS[estimator]) for row in summed],
         draws=summed,
-        maps=spatial.mean(dim=(1, 2)),
+        maps=_on_grid(maps, call or {}) if packed else maps,
     )
+
+
+def _on_grid(maps: Tensor, call: Mapping[str, Any]) -> Tensor:
+    """(N, h, w) from the maps (N, h · w) of packed latents, by the proportions of the picture."""
+    proportion = call["height"] / call["width"] if {"height", "width"} <= set(call) else 1.0
+    rows = round(math.sqrt(maps.shape[1] * proportion))
+    return maps.reshape(len(maps), rows, -1) if rows and maps.shape[1] % rows == 0 else maps
 
 
 def default_proposal(path: NoisePath) -> LogisticProposal:
@@ -115,68 +132,86 @@ def encode_images(pipe: Any, images: Sequence[Image]) -> Tensor:
     """Pictures of one size as latents (N, C, H, W) the way the pipeline's denoiser sees them; the VAE's mode."""
     if len({image.size for image in images}) != 1:
         raise MituneError("The images differ in size; score those of one size together.")
+    if not hasattr(pipe, "image_processor"):
+        raise MituneError(f"{type(pipe).__name__} makes no pictures; give latents as its denoiser sees them.")
     vae = pipe.vae
-    dtype = vae.dtype
+    dtype, config = vae.dtype, vae.config
     # SDXL's VAE overflows in half precision; its pipeline also lifts it for the time of a call.
-    lifted = dtype == torch.float16 and vae.config.get("force_upcast", False)
+    lifted = dtype == torch.float16 and config.get("force_upcast", False)
     if lifted:
         vae.to(torch.float32)
-    pixels = pipe.image_processor.preprocess([image.convert("RGB") for image in images])
-    encoded = vae.encode(pixels.to(vae.device, vae.dtype))
+    pixels = pipe.image_processor.preprocess([image.convert("RGB") for image in images]).to(
+        pipe._execution_device, vae.dtype
+    )
+    statistics = config.get("latents_mean"), config.get("latents_std")
+    of_films = config.get("z_dim") is not None  # Qwen-Image's VAE, which is Wan's
+    encoded = vae.encode(pixels.unsqueeze(2) if of_films else pixels)
     if lifted:
         vae.to(dtype)
     latents: Tensor = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent
-    shift, scale = vae.config.get("shift_factor") or 0.0, float(vae.config.scaling_factor)
-    return (latents.float() - shift) * scale
+    latents = (latents.squeeze(2) if of_films else latents).float()
+    if of_films:
+        mean, deviation = (torch.tensor(x, device=latents.device).reshape(1, -1, 1, 1) for x in statistics)
+        latents = (latents - mean) / deviation
+    else:
+        latents = (latents - (config.get("shift_factor") or 0.0)) * float(config.scaling_factor)
+    return pipe._pack_latents(latents, *latents.shape) if hasattr(pipe, "_pack_latents") else latents
 
 
 class _PipelineDenoiser:
     """ε̂ with and without the prompts for point_wise_draws, from the pipeline's own denoiser and conditioning."""
 
     def __init__(
-        self, pipe: Any, path: NoisePath, latents: Tensor, prompts: Sequence[str], call: Mapping[str, Any]
+        self,
+        pipe: Any,
+        path: NoisePath,
+        latents: Tensor,
+        prompts: Sequence[str],
+        call: Mapping[str, Any],
+        *,
+        packed: bool,
     ) -> None:
         self.denoiser = denoiser_of(pipe)
-        self.dtype = cast(torch.dtype, self.denoiser.dtype)
-        self.family = family_of(self.denoiser)
-        self.path = path
-        size = [pipe.vae_scale_factor * side for side in latents.shape[-2:]]
+        self.path, self.packed = path, packed
+        scale = guidance_name(type(pipe))
         ours = {
-            "prompt": list(prompts),
-            "latents": latents.to(self.dtype),
-            "height": size[0],
-            "width": size[1],
+            "latents": latents.to(cast(torch.dtype, self.denoiser.dtype)),
             "num_inference_steps": 2,  # one would do, but makes PixArt take its distilled path
-            "guidance_scale": max(2.0, call.get("guidance_scale", 2.0)),
+            scale: max(2.0, call.get(scale, 2.0)),
             "generator": Generator().manual_seed(0),  # a sampler that draws must not touch the global state
             "output_type": "latent",
         }
-        if isinstance(negative := call.get("negative_prompt"), str):
-            ours["negative_prompt"] = [negative] * len(prompts)  # some pipelines want it of the prompt's own type
+        accepted = inspect.signature(type(pipe).__call__).parameters
+        if latents.ndim == 4 and "height" in accepted:
+            ours["height"], ours["width"] = (pipe.vae_scale_factor * side for side in latents.shape[-2:])
+        if "use_resolution_binning" in accepted:
+            ours["use_resolution_binning"] = False
         with MIProbe(pipe) as probe:
-            pipe(**{**call, **ours})
+            pipe(**{**prompted(pipe, prompts, call), **ours})
         self.null, self.conditional = probe.null_conditioning, probe.conditioning
         self.device = next(iter(self.null.values())).device
+        # Texts may differ in length; then each has a call of its own, as also where the pipeline makes two.
+        shapes = [{name: value.shape for name, value in told.items()} for told in (self.null, self.conditional)]
+        self.together = shapes[0] == shapes[1] and not family_of(self.denoiser).separate_calls
 
     def __call__(self, noisy: Tensor, log_snr: Tensor) -> tuple[Tensor, Tensor]:
         alpha, sigma = (x.float().to(noisy.device) for x in alpha_sigma(log_snr, is_flow=self.path.is_flow))
-        told = self.family.timestep_factor * self.path.timestep(log_snr) + self.family.timestep_offset
-        if self.family.separate_calls:  # the two texts may differ in length
-            outputs = [self._output(noisy, told, unflatten(c)) for c in (self.null, self.conditional)]
-        else:
+        timestep = self.path.timestep(log_snr).to(noisy.device)
+        if self.together:
             both = {name: torch.cat([self.null[name], self.conditional[name]]) for name in self.null}
-            outputs = list(self._output(torch.cat([noisy, noisy]), told, unflatten(both)).chunk(2))
+            outputs = list(self._output(torch.cat([noisy, noisy]), timestep, both).chunk(2))
+        else:
+            outputs = [self._output(noisy, timestep, told) for told in (self.null, self.conditional)]
         null, conditional = (
             epsilon_and_sample(output, noisy, alpha, sigma, self.path.predicts, is_flow=self.path.is_flow)[0]
             for output in outputs
         )
         return conditional, null
 
-    def _output(self, noisy: Tensor, timestep: Tensor, conditioning: dict[str, Any]) -> Tensor:
-        told = timestep.to(noisy.device).expand(len(noisy))
-        output = self.denoiser(noisy.to(self.dtype), timestep=told, **conditioning, return_dict=False)[0]
-        predicted: Tensor = output[:, : noisy.shape[1]].float()  # without learned variances
-        return -predicted if self.family.negated else predicted
+    def _output(self, noisy: Tensor, timestep: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
+        given = noisy.transpose(1, 2) if self.packed else noisy
+        output = network_output(self.denoiser, given, conditioning, timestep.expand(len(noisy)))
+        return output.transpose(1, 2) if self.packed else output
 
 
 def save_heat_map(file: Path, image: Image, information: Tensor) -> None:

@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
+from scipy.stats import kendalltau
 
 from mitune.errors import MituneError
 
@@ -130,6 +131,29 @@ def bootstrap(
     return found
 
 
+def bootstrap_ratio(above: Array, below: Array, *, resamples: int = RESAMPLES, seed: int = 0) -> list[Interval]:
+    """Ratio of means over prompts, mean(above)/mean(below), with its 95 % percentile interval, column by column.
+
+    Both are (prompts, columns), and NaN in either leaves the prompt out of that column. NaN where no mean below is
+    positive; resamples in which it is not have no ratio and do not count.
+    """
+    present = np.isfinite(above) & np.isfinite(below)
+    filled = np.hstack([np.where(present, values, 0.0) for values in (above, below)])
+    drawn = _resampled_means(filled, np.hstack([present, present]), resamples, np.random.default_rng(seed))
+    found = []
+    for column, count in enumerate(present.sum(axis=0).tolist()):
+        own = present[:, column]
+        total = float(below[own, column].sum())
+        if total <= 0:
+            found.append(Interval(math.nan, math.nan, math.nan, count))
+            continue
+        top, bottom = drawn[:, column], drawn[:, column + above.shape[1]]
+        ratios = top[bottom > 0] / bottom[bottom > 0]
+        ends = np.quantile(ratios, (_TAIL, 1 - _TAIL)).tolist()
+        found.append(Interval(float(above[own, column].sum()) / total, *ends, count))
+    return found
+
+
 def _resampled_means(filled: Array, present: NDArray[np.bool_], resamples: int, rng: np.random.Generator) -> Array:
     """Means of `resamples` draws of the prompts with replacement, (resamples, columns)."""
     prompts = len(filled)
@@ -212,9 +236,7 @@ def failures(rows: pa.Table) -> list[Failures]:
 
 def kendall_tau(first: Array, second: Array) -> float:
     """Kendall's τ-b of two rankings (n,) with ties; nan where either is constant."""
-    a, b = (np.sign(x[:, None] - x[None, :]) for x in (first, second))
-    norm = math.sqrt(float((a**2).sum()) * float((b**2).sum()))
-    return float((a * b).sum()) / norm if norm else math.nan
+    return float(kendalltau(first, second).statistic)
 
 
 def selection(candidates: pa.Table, keep: int = 1, *, resamples: int = RESAMPLES, seed: int = 0) -> list[Selection]:
@@ -238,7 +260,9 @@ def selection(candidates: pa.Table, keep: int = 1, *, resamples: int = RESAMPLES
             own = group[np.isfinite(scores[group]) & np.isfinite(exact[group])]
             tau = kendall_tau(scores[own], graded[own]) if np.isfinite(graded[own]).all() else math.nan
             drawn = float(exact[own].mean()) if len(own) else math.nan
-            figures.append((tau, _best(scores[own], exact[own], keep), drawn, _best(exact[own], exact[own], keep)))
+            figures.append(
+                (tau, best_share(scores[own], exact[own], keep), drawn, best_share(exact[own], exact[own], keep))
+            )
         table = np.array(figures)
         (agreement,) = bootstrap(table[:, :1], low=-1, high=1, resamples=resamples, seed=seed)
         shares = bootstrap(table[:, 1:], low=0, high=1, resamples=resamples, seed=seed)
@@ -247,7 +271,7 @@ def selection(candidates: pa.Table, keep: int = 1, *, resamples: int = RESAMPLES
     return found
 
 
-def _best(by: Array, exact: Array, keep: int) -> float:
+def best_share(by: Array, exact: Array, keep: int) -> float:
     """Expected exact share of the `keep` best of (n,) candidates `by` a score, ties broken by lot; nan for none."""
     if not len(by):
         return math.nan

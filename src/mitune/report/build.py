@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from mitune.contrast import POST_HOC
 from mitune.information import SCORES
 from mitune.metrics.statistics import (
     METRICS,
@@ -63,7 +64,7 @@ def build_report(run: Path) -> Path:
 def context(run: Path) -> Context:
     """Everything that the template shows, from the files of a run. Raises MituneError like build_report."""
     text, config = read_config(run)
-    rules = [parse_rule(str(text), list(SCORES)) for text in setting(config, "pool.select") or ()]
+    rules = [parse_rule(str(text), [*SCORES, *POST_HOC]) for text in setting(config, "pool.select") or ()]
     selects = [rule.slug for rule in rules]
     images = read_table(run / "eval" / "images.parquet")
     comparisons = summarize(images, BASELINE) if images is not None else []

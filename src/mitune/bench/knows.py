@@ -1,0 +1,127 @@
+"""Can selection pay? What a model knows of its prompts, beside what it shows.
+
+Selection can only use what a model knows beyond what it shows. It *knows* an image's prompt if that has a lower
+denoising error than each of the prompt's hard negatives, with shared noise; it *shows* a prompt by samples that are
+right. Selection pays where samples are often wrong, and the model recognizes as wrong what it got wrong itself. Both
+need a judge; without one, only the share of own samples whose prompt wins can be told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from mitune.config import ModelConfig
+from mitune.contrast import told_apart
+from mitune.generate import Request, candidate_seed, decode, generate_all
+from mitune.metrics.judgment import Metric
+from mitune.models import Model, load_model
+from mitune.negatives import Negative
+from mitune.shapes.check import Share, knows
+from mitune.shapes.prompts import Listed
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Knowledge:
+    """The shares of one category, model and guidance scale; None where there is no judge, or nothing rendered.
+
+    Samples whose prompt has no hard negative count in `shows` alone.
+    """
+
+    model: str
+    category: str
+    guidance_scale: float
+    rendered: Share | None  # rendered scenes whose prompt wins: does not hang on guidance
+    shows: Share | None  # own samples that are exactly right
+    right: Share | None  # of these: the prompt wins
+    wrong: Share | None  # of the others: it does not, so the model recognizes its mistake
+    wins: Share  # all own samples whose prompt wins
+
+
+def knowledge(
+    models: Sequence[ModelConfig],
+    prompts: Sequence[Listed],
+    *,
+    negatives: Callable[[str], Sequence[Negative]],
+    metric: Metric | None,
+    scenes: int,
+    images: int,
+    seed: int = 0,
+    batch_size: int = 64,
+    progress: Progress | None = None,
+) -> list[Knowledge]:
+    """The shares by category for each of the models, given with their guidance scales.
+
+    `scenes` rendered scenes a category, 0 where prompts are not of the shapes world; `images` samples a prompt.
+    """
+    found: list[Knowledge] = []
+    rendered: dict[tuple[str, str], Share] = {}  # by model and category, whatever the guidance
+    categories = list(dict.fromkeys(listed.category for listed in prompts))
+    for settings in models:
+        model = load_model(settings)
+        for category in categories:
+            if progress:
+                progress(len(found), len(models) * len(categories))
+            same = (settings.name, category)
+            if scenes and same not in rendered:
+                rendered[same], _ = knows(model, category, scenes=scenes, seed=seed, batch_size=batch_size)
+            texts = [listed.text for listed in prompts if listed.category == category]
+            won, exact = _samples(model, texts, negatives, metric, images, seed, batch_size)
+            pairs = [(win, right) for win, right in zip(won, exact, strict=True) if win is not None]
+            own_right, own_wrong = ([win for win, right in pairs if right is asked] for asked in (True, False))
+            found.append(
+                Knowledge(
+                    model=settings.name,
+                    category=category,
+                    guidance_scale=model.guidance_scale,
+                    rendered=rendered.get(same),
+                    shows=Share(hits=sum(map(bool, exact)), trials=len(exact)) if metric else None,
+                    right=Share(hits=sum(own_right), trials=len(own_right)) if metric else None,
+                    wrong=Share(hits=len(own_wrong) - sum(own_wrong), trials=len(own_wrong)) if metric else None,
+                    wins=Share(hits=sum(win for win, _ in pairs), trials=len(pairs)),
+                )
+            )
+    if progress:
+        progress(len(found), len(found))
+    return found
+
+
+def _samples(
+    model: Model,
+    prompts: Sequence[str],
+    negatives: Callable[[str], Sequence[Negative]],
+    metric: Metric | None,
+    images: int,
+    seed: int,
+    batch_size: int,
+) -> tuple[list[bool | None], list[bool | None]]:
+    """Of `images` samples a prompt, one by one: whether the prompt wins, and whether the image is right, if known."""
+    rivals = {prompt: [negative.prompt for negative in negatives(prompt)] for prompt in prompts}
+    requests = [Request(prompt=p, seed=candidate_seed(seed, p, j)) for p in prompts for j in range(images)]
+    won: list[bool | None] = []
+    exact: list[bool | None] = []
+    for chunk, batch in generate_all(model, requests, batch_size):
+        texts, latents = [request.prompt for request in chunk], batch.latents.nan_to_num()
+        told = told_apart(model, latents, texts, rivals, seed=seed, batch_size=batch_size)
+        won += [all(beaten) if beaten else None for beaten in told]
+        if metric is None:
+            exact += [None] * len(chunk)
+        else:
+            exact += [verdict.exact and not verdict.malformed for verdict in metric(decode(model, latents), texts)]
+    return won, exact
+
+
+def markdown(found: Sequence[Knowledge]) -> str:
+    """A table of the shares with their 95 % intervals (Wilson)."""
+    head = ["category", "model", "guidance", "knows: rendered", "knows: own right", "shows", "own wrong recognized"]
+    lines = [[*head, "own samples whose prompt wins"], ["---"] * (len(head) + 1)]
+    for known in found:
+        shares = (known.rendered, known.right, known.shows, known.wrong, known.wins)
+        lines.append([known.category, known.model, f"{known.guidance_scale:g}", *map(_cell, shares)])
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def _cell(share: Share | None) -> str:
+    return str(share) if share is not None and share.trials else "–"

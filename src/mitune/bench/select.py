@@ -1,0 +1,232 @@
+"""Which score selects? Every score on the same candidates, held against an exact judge.
+
+A prompt's candidates, their trajectories' terms, their evidence under rival prompts and the judge's verdicts are one
+record; a killed study goes on with the prompts that have none yet. The scores are computed from the records, so that a
+new one needs no new candidates. `selection_tables` makes tables and figures of the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from mitune.config import ModelConfig
+from mitune.contrast import (
+    ASKED,
+    COMBINATIONS,
+    CONTRASTS,
+    DRAWS,
+    LOG_SNR_RANGE,
+    RIVALS,
+    Evidence,
+    gather,
+    mean_rank,
+    rivals_of,
+)
+from mitune.errors import MituneError
+from mitune.generate import Request, candidate_seed, decode, generate_all
+from mitune.information import SCORES, Trace
+from mitune.models import Model, load_model
+from mitune.shapes.grammar import Prompt, parse
+from mitune.shapes.judge import Verdict, judge
+from mitune.shapes.prompts import Listed
+from mitune.store import Records, claim, write_table
+
+Progress = Callable[[int, int], None]
+_KINDS = (ASKED, *RIVALS)
+
+TOO_MUCH, TOO_LITTLE, BOUND, PLACED, MALFORMED = (
+    "too much", "too little", "wrongly bound", "wrongly placed", "malformed",
+)  # fmt: skip
+FAILURES = (TOO_MUCH, TOO_LITTLE, BOUND, PLACED, MALFORMED)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SelectConfig:
+    """What the study makes of each prompt."""
+
+    candidates: int = 50  # M
+    draws: int = DRAWS  # noise levels of the evidence
+    seed: int = 0
+    batch_size: int = 100
+
+    def __post_init__(self) -> None:
+        if self.candidates < 2:
+            raise MituneError(f"candidates = {self.candidates} leaves nothing to select; take at least 2.")
+
+
+# --- Free scores that only the study knows ------------------------------------------------------
+
+
+def online_normalized(trace: Trace) -> Tensor:
+    """The log-likelihood ratio against the empty prompt over ½∫‖Δε‖²dλ, (B,), both of the trajectory: m/D for free."""
+    return SCORES["log-likelihood-ratio"](trace) / SCORES["mi-tune"](trace)
+
+
+def online_ranks(trace: Trace) -> Tensor:
+    """Mean rank of self-confidence and RFMI's dot form, (B,), which err in opposite ways."""
+    return mean_rank(SCORES["self-confidence-late"](trace), SCORES["rfmi"](trace))
+
+
+FREE: Mapping[str, Callable[[Trace], Tensor]] = MappingProxyType(
+    {**SCORES, "online-normalized": online_normalized, "online-ranks": online_ranks}
+)
+
+
+# --- Making the records ------------------------------------------------------------------------------------------
+
+
+def failures_of(verdict: Verdict, prompt: Prompt) -> set[str]:
+    """How an image misses its prompt; empty where it is exactly right.
+
+    Too much: an object that nobody asked for, or too many of one. Too little: too few of one. Bound: an object is
+    there without its color or texture. Placed: the two objects are there, but not as the relation says. A malformed
+    drawing says nothing about meaning and is only that.
+    """
+    if verdict.malformed:
+        return {MALFORMED}
+    found = set()
+    asked = {phrase.shape: phrase.count for phrase in prompt.phrases}
+    shown = {shape: sum(o.shape == shape for o in verdict.scene) for shape in asked}
+    if any(o.shape not in asked for o in verdict.scene) or any(shown[s] > asked[s] for s in asked):
+        found.add(TOO_MUCH)
+    if any(shown[s] < asked[s] for s in asked):
+        found.add(TOO_LITTLE)
+    for phrase in prompt.phrases:
+        own = [o for o in verdict.scene if o.shape == phrase.shape]
+        if any(phrase.color not in (None, o.color) or phrase.texture not in (None, o.texture) for o in own):
+            found.add(BOUND)
+    first_two = [phrase.shape for phrase in prompt.phrases[:2]]
+    if prompt.relation and all(shown[shape] == 1 for shape in first_two):
+        placed = f"{first_two[0]} {prompt.relation} {first_two[1]}"
+        if placed in verdict.missed:
+            found.add(PLACED)
+    return found
+
+
+def run_study(
+    models: Sequence[ModelConfig],
+    prompts: Sequence[Listed],
+    folder: Path,
+    config: SelectConfig,
+    *,
+    progress: Progress | None = None,
+) -> Path:
+    """Fills `folder` with records for each of the models, given with their guidance scales; returns the table.
+
+    The table has one row a candidate: where it is from, the judge's verdict, "score.<name>" and "calls.<name>" (extra
+    denoiser calls a candidate) of every score. Raises MituneError for a prompt outside the shapes world and for a
+    folder of other settings.
+    """
+    texts = [listed.text for listed in prompts]
+    rivals = {text: rivals_of(text, texts, seed=config.seed) for text in texts}
+    tables, total = [], len(models) * len(prompts)
+    for index, settings in enumerate(models):
+        model = load_model(settings)
+        scale = model.guidance_scale
+        part = folder / f"{Path(settings.name).name}-{scale:g}"
+        identity = {"model": asdict(settings), "prompts": texts, "rivals": rivals, "log_snr": LOG_SNR_RANGE}
+        claim(part, identity | asdict(config), "study")
+        records = Records(part / "records")
+        for number, listed in enumerate(prompts):
+            record = records.read(number)
+            if record is None:
+                records.write(number, *_record(model, listed.text, rivals[listed.text], config))
+                record = records.read(number)
+            if record is not None:
+                where = {"model": settings.name, "guidance_scale": scale, "calls.making": 2.0 * model.steps}
+                where |= {"prompt_index": number, "category": listed.category, "split": listed.split}
+                tables.append(score_table(*record, where))
+            if progress:
+                progress(index * len(prompts) + number + 1, total)
+    target = folder / "candidates.parquet"
+    write_table(target, pa.concat_tables(tables))
+    return target
+
+
+def _record(
+    model: Model, prompt: str, rivals: Mapping[str, Sequence[str]], config: SelectConfig
+) -> tuple[pa.Table, dict[str, Tensor]]:
+    """Makes, judges and questions the candidates of a prompt."""
+    seeds = [candidate_seed(config.seed, prompt, j) for j in range(config.candidates)]
+    requests = [Request(prompt=prompt, seed=seed) for seed in seeds]
+    batches = [batch for _, batch in generate_all(model, requests, min(config.batch_size, config.candidates))]
+    latents = torch.cat([batch.latents for batch in batches]).nan_to_num()
+    terms: dict[str, list[Any]] = {}
+    for batch in batches:
+        for name, values in batch.trace.to_columns().items():
+            terms.setdefault(name, []).extend(values)
+    verdicts = [judge(np.asarray(image), prompt) for image in decode(model, latents)]
+    evidence = gather(
+        model, latents, prompt, rivals, draws=config.draws, seed=config.seed, batch_size=config.batch_size
+    )
+    failures = [failures_of(verdict, parse(prompt)) for verdict in verdicts]
+    columns: dict[str, list[Any]] = {
+        "prompt": [prompt] * config.candidates,
+        "candidate": list(range(config.candidates)),
+        "seed": seeds,
+        "exact": [verdict.exact for verdict in verdicts],
+        "graded": [verdict.graded for verdict in verdicts],
+        "malformed": [verdict.malformed for verdict in verdicts],
+        **{name: [name in found for found in failures] for name in FAILURES if name != MALFORMED},
+    }
+    tensors = {"errors": evidence.errors, "distances": evidence.distances, "log_snr": evidence.log_snr}
+    tensors["kinds"] = torch.tensor([_KINDS.index(kind) for kind in evidence.kinds])
+    return pa.table(columns | terms), tensors
+
+
+# --- The scores of a record --------------------------------------------------------------------------------------
+
+
+def score_table(record: pa.Table, tensors: Mapping[str, Tensor], where: Mapping[str, Any]) -> pa.Table:
+    """A record's rows with every score and its cost, and `where` in each row; without the terms of the trajectory."""
+    trace = Trace.from_columns({name: record[name].to_pylist() for name in Trace.__dataclass_fields__})
+    evidence = evidence_of(tensors, trace.dimensions)
+    free = {name: score(trace) for name, score in FREE.items()}
+    values = {name: (0.0, score) for name, score in free.items()}
+    values |= {name: (float(c.needs(evidence).calls), c(evidence)) for name, c in CONTRASTS.items()}
+    values |= {c.name: (c.calls(evidence), c(free, evidence)) for c in COMBINATIONS.values()}
+    columns = {name: [value] * len(record) for name, value in where.items()}
+    columns |= {name: record[name] for name in record.column_names if name not in Trace.__dataclass_fields__}
+    for name, (calls, score) in values.items():
+        columns[f"score.{name}"] = score.double().tolist()
+        columns[f"calls.{name}"] = [calls] * len(record)
+    return pa.table(columns)
+
+
+def evidence_of(tensors: Mapping[str, Tensor], dimensions: int) -> Evidence:
+    """The evidence in a record."""
+    log_snr = tensors["log_snr"]
+    return Evidence(
+        kinds=tuple(_KINDS[index] for index in tensors["kinds"].tolist()),
+        log_snr=log_snr,
+        step=(LOG_SNR_RANGE[1] - LOG_SNR_RANGE[0]) / len(log_snr),
+        errors=tensors["errors"],
+        distances=tensors["distances"],
+        dimensions=dimensions,
+    )
+
+
+def some_of_each(prompts: Sequence[Listed], count: int) -> list[Listed]:
+    """`count` prompts of each category, as many of each split as there can be."""
+    found: list[Listed] = []
+    for category in dict.fromkeys(p.category for p in prompts):
+        own = [p for p in prompts if p.category == category]
+        splits = [[p for p in own if p.split == split] for split in dict.fromkeys(p.split for p in own)]
+        turns = [each[i] for i in range(max(map(len, splits))) for each in splits if i < len(each)]
+        found += sorted(turns[:count], key=own.index)
+    return found
+
+
+def at_scales(names: Sequence[str], scales: Sequence[float], device: str = "auto") -> list[ModelConfig]:
+    """Each model at each guidance scale; at its own default where none is given."""
+    plain = [ModelConfig(name=name, device=device) for name in names]
+    return [replace(model, guidance_scale=scale) for model in plain for scale in scales] if scales else plain

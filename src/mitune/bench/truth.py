@@ -1,0 +1,328 @@
+r"""How near do a model's estimates come to the true information, on rendered scenes, and what is the gap made of?
+
+A scene x of the shapes world is drawn with its prompt, rendered and taken through the VAE to latents z₀, which hold all
+of it. Beside it stand its other captions, its hard negatives and an unrelated prompt. For each the network's *loss* is
+
+    L(p) = ½ ∫ ‖ε̂(z | p) − ε‖² dλ        over the λ from λ₁ to λ₂ that `mitune.scoring` draws from            (1)
+
+With an exact ε̂ the same integral up to any λ is E log p(z | x) − E log p(z | p) there (Guo, Shamai and Verdú, 2005, in
+the point-wise form of Kong et al., 2023). At λ₂ every scene of the world is told apart, so that it is −log p(x | p).
+Hence (1) has the exact value
+
+    L(p) = −log p(x | p) − N(p) + E(p)        N(p) = E log p(z | x) − E log p(z | p)  at λ₁                   (2)
+
+where N(p) is cut off at the noisy end, and E(p) is what the network's error costs: at least 0 on average over the
+scenes of p. With the empty prompt for p, p(x | ∅) = p(x). All in nats. So the standard estimate is
+
+    L(∅) − L(p) = i(x; p) − (N(∅) − N(p)) + E(∅) − E(p)                                                       (3)
+
+and each of its terms is measured by itself. The *mixture* estimate has the exact marginal in place of the empty prompt,
+the sum over all captions c of the scene: −L(p) − log Σ p(c) exp(−L(c)).
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Generator, Tensor
+
+from mitune.denoiser import denoiser_of, network_output
+from mitune.errors import MituneError
+from mitune.generate import condition
+from mitune.information import (
+    Estimator,
+    LogisticProposal,
+    Predict,
+    Proposal,
+    alpha_sigma,
+    epsilon_and_sample,
+    point_wise_draws,
+    true_noise,
+)
+from mitune.models import Model, model_folder
+from mitune.negatives import shapes_negatives
+from mitune.path import path_of
+from mitune.scoring import NOISINGS_A_STRATUM, default_proposal, encode_images
+from mitune.shapes.grammar import CATEGORIES, Prompt, forms, parse, sample_prompt
+from mitune.shapes.scene import Scene, log_likelihood, picture, sample_scene
+from mitune.shapes.truth import Truth
+
+ASKED, CAPTION, UNRELATED = "asked", "another caption", "unrelated"  # and the kinds of hard negatives
+MIXTURE = "mixture"
+EMPTY = ""
+WORLD_SCENES, PROMPT_SCENES = 512, 64  # that stand for p(x) and p(x | p) at the noisy end, where all look alike
+END_DRAWS = 16
+SPLIT = 2.0  # log-SNR
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """A rendered scene with a prompt beside it: the truth, and what the network says."""
+
+    scene: int
+    category: str  # of the prompt that was asked for
+    prompt: str
+    kind: str
+    truth: float  # i(x; p), −inf where the scene cannot come of the prompt
+    estimates: Mapping[str, float]  # by estimator: nats; self-confidence per dimension
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gap:
+    """The terms of (3) for a scene and the prompt that was asked for, in nats. The first five add up to `standard`."""
+
+    category: str
+    truth: float  # i(x; p)
+    noisy_end: float  # N(p) − N(∅)
+    conditional: float  # −E(p)
+    emphasis: float  # the part of E(∅) due to training on other shares of prompts than the world's
+    null: float  # the rest of E(∅)
+    standard: float  # L(∅) − L(p)
+    mixture: float
+    at_high_snr: float  # the part of L(∅) − L(p) at λ > `SPLIT`; in truth next to 0, as scenes are told apart before
+    clean_end: float  # what L(∅) − L(p) would gain beyond λ₂, to the end of the path; in truth 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Study:
+    """All that is measured of a model."""
+
+    model: str
+    scenes: int  # a category
+    draws: int
+    emphasis: Mapping[str, float]
+    pairs: list[Pair]
+    gaps: list[Gap]
+
+
+@torch.no_grad()
+def study(
+    model: Model,
+    *,
+    scenes: int,
+    categories: Sequence[str] = CATEGORIES,
+    draws: int = 64,
+    seed: int = 0,
+    progress: Callable[[int, int], object] | None = None,
+) -> Study:
+    """Draws `scenes` scenes a category with their prompts, and estimates with `draws` noisings of each.
+
+    All prompts of a scene share their (λ, ε); scenes do not. Costs `draws` denoiser calls for each prompt of a scene,
+    of which there are some 15. Where the model's folder says with which emphasis it was trained, the gap has a term
+    for it. Raises MituneError for `draws` that are not a multiple of 4.
+    """
+    if draws < NOISINGS_A_STRATUM or draws % NOISINGS_A_STRATUM:
+        raise MituneError(f"draws = {draws} must be a multiple of {NOISINGS_A_STRATUM}; noise comes in pairs of pairs.")
+    truth, emphasis = Truth(), training_emphasis(model.name)
+    trained = Truth(emphasis)
+    rng = random.Random(seed)
+    world = _encode(model, [sample_scene(sample_prompt(rng), rng) for _ in range(WORLD_SCENES)])
+    cases = [case for category in categories for case in _cases(category, scenes, truth, seed)]
+    pairs: list[Pair] = []
+    gaps: list[Gap] = []
+    for index, case in enumerate(cases):
+        if progress:
+            progress(index + 1, len(cases))
+        latents = _encode(model, [case.scene])
+        said = ask(model, latents, [str(prompt) for _, prompt in case.beside], draws=draws, seed=seed + index)
+        found = _pairs(index, case, said, truth)
+        own = _encode(model, [sample_scene(case.asked, rng) for _ in range(PROMPT_SCENES)])
+        ends = [_noisy_end(model, latents[0], others, seed + index) for others in (world, own)]
+        pairs += found
+        gaps.append(_gap(case, found[0], said, ends, truth, trained))
+    return Study(model=model.name, scenes=scenes, draws=draws, emphasis=emphasis, pairs=pairs, gaps=gaps)
+
+
+def training_emphasis(name: str) -> dict[str, float]:
+    """How much oftener than in the world the last phase of a model's training drew some prompts; see `Truth`."""
+    file = Path(model_folder(name)) / "training.json"
+    phases = json.loads(file.read_text(encoding="utf-8"))["denoiser"] if file.is_file() else [{}]
+    return dict(phases[-1].get("emphasis", {}))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Case:
+    """A scene of a category, and the prompts beside it with their kinds; the first is the one that it came of."""
+
+    category: str
+    scene: Scene
+    beside: list[tuple[str, Prompt]]
+
+    @property
+    def asked(self) -> Prompt:
+        return self.beside[0][1]
+
+
+def _cases(category: str, count: int, truth: Truth, seed: int) -> Iterator[_Case]:
+    rng = random.Random(f"{seed} {category}")
+    own = [form for form in forms() if form.category == category]
+    for form in rng.choices(own, weights=[form.weight for form in own], k=count):
+        asked = rng.choice(form.prompts)
+        scene = sample_scene(asked, rng)
+        beside = [(ASKED, asked)]
+        beside += [(CAPTION, caption) for caption in truth.captions(scene) if caption != asked]
+        by_kind: dict[str, list[Prompt]] = {}
+        for negative in shapes_negatives(str(asked)):
+            by_kind.setdefault(negative.kind, []).append(parse(negative.prompt))
+        beside += [(kind, rng.choice(prompts)) for kind, prompts in by_kind.items()]
+        drawn = (sample_prompt(rng) for _ in itertools.count())
+        beside.append((UNRELATED, next(p for p in drawn if log_likelihood(scene, p) == -math.inf)))
+        yield _Case(category=category, scene=scene, beside=beside)
+
+
+def _encode(model: Model, scenes: Sequence[Scene]) -> Tensor:
+    pictures = [picture(scene) for scene in scenes]
+    chunks = [encode_images(model.pipe, pictures[i : i + 64]) for i in range(0, len(pictures), 64)]
+    return torch.cat(chunks)
+
+
+# --- What the network says ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Said:
+    """A network on one image with the empty prompt, first, and P others: (P + 1,) each."""
+
+    loss: Tensor  # L of (1), nats
+    orthogonal: Tensor  # ½ ∫ ‖ε̂(z | p) − ε̂(z | ∅)‖² dλ, nats
+    confidence: Tensor  # −mean of ‖ε̂(z | p) − ε‖² per dimension
+    at_high_snr: float  # the part of L(∅) − L(p) at λ > `SPLIT`, for the first of the others, nats
+    clean_end: float  # what it gains beyond λ₂, nats
+
+
+@torch.no_grad()
+def ask(model: Model, latents: Tensor, prompts: Sequence[str], *, draws: int, seed: int) -> Said:
+    """Noises one image, latents (1, C, H, W), and denoises it with the empty prompt and each of the others."""
+    path = path_of(model.pipe.scheduler)
+    inside = default_proposal(path)
+    beyond = LogisticProposal(inside.high, path.log_snr_range()[1])
+    loss, orthogonal, confidence = _integrals(model, latents, [EMPTY, *prompts], inside, draws, seed)
+    clean, _, _ = _integrals(model, latents, [EMPTY, prompts[0]], beyond, END_DRAWS, seed)
+    strata = loss.shape[1]  # from noise to clean; one counts as high where its middle lies
+    high = inside.at((torch.arange(strata) + 0.5) / strata) > SPLIT
+    return Said(
+        loss=loss.mean(dim=1),
+        orthogonal=orthogonal.mean(dim=1),
+        confidence=confidence.mean(dim=1),
+        at_high_snr=((loss[0] - loss[1])[high].sum() / strata).item(),
+        clean_end=(clean[0] - clean[1]).mean().item(),
+    )
+
+
+def _integrals(
+    model: Model, latents: Tensor, prompts: Sequence[str], proposal: Proposal, draws: int, seed: int
+) -> list[Tensor]:
+    """Loss, orthogonal estimate against the first prompt, and confidence: (P, strata) each, to be averaged."""
+    path, device = path_of(model.pipe.scheduler), model.pipe.device
+    z0 = latents.to(device).expand(len(prompts), -1, -1, -1)
+    predict = network(model, prompts)
+    answers: list[Tensor] = []
+
+    def against_noise(noisy: Tensor, log_snr: Tensor) -> tuple[Tensor, Tensor]:
+        alpha, sigma = (x.float().to(device) for x in alpha_sigma(log_snr, is_flow=path.is_flow))
+        answers.append(predict(noisy, log_snr))
+        return true_noise(noisy, z0, alpha, sigma), answers[-1]
+
+    def against_first(noisy: Tensor, log_snr: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG001
+        return (answer := next(known)), answer[:1]
+
+    # The same generator asks the same questions again, so the network is asked but once.
+    ways: list[tuple[Predict, Estimator]] = [
+        (against_noise, "standard"), (against_first, "orthogonal"), (against_first, "self-confidence")
+    ]  # fmt: skip
+    integrals = []
+    for both, estimator in ways:
+        known = iter(answers)
+        drawn = point_wise_draws(
+            both,
+            z0,
+            estimator=estimator,
+            proposal=proposal,
+            strata=draws // NOISINGS_A_STRATUM,
+            generator=Generator().manual_seed(seed),
+            is_flow=path.is_flow,
+        )
+        integrals.append(drawn.double().mean(dim=2).cpu())
+    return integrals
+
+
+def network(model: Model, prompts: Sequence[str]) -> Callable[[Tensor, Tensor], Tensor]:
+    """ε̂ of latents (P, C, H, W), each with the prompt beside it, at one log-SNR."""
+    path, denoiser, device = path_of(model.pipe.scheduler), denoiser_of(model.pipe), model.pipe.device
+    conditioning = {name: value.to(device) for name, value in condition(model, prompts).items()}
+
+    def predict(noisy: Tensor, log_snr: Tensor) -> Tensor:
+        alpha, sigma = (x.float().to(device) for x in alpha_sigma(log_snr, is_flow=path.is_flow))
+        timesteps = path.timestep(log_snr).to(device).expand(len(noisy))
+        output = network_output(denoiser, noisy, conditioning, timesteps)
+        return epsilon_and_sample(output, noisy, alpha, sigma, path.predicts, is_flow=path.is_flow)[0]
+
+    return predict
+
+
+def _pairs(index: int, case: _Case, said: Said, truth: Truth) -> list[Pair]:
+    captions = [row for row, (kind, _) in enumerate(case.beside, start=1) if kind in (ASKED, CAPTION)]
+    priors = torch.tensor([math.log(truth.probabilities[case.beside[row - 1][1]]) for row in captions])
+    marginal = torch.logsumexp(priors.double() - said.loss[captions], dim=0)
+    return [
+        Pair(
+            scene=index,
+            category=case.category,
+            prompt=str(prompt),
+            kind=kind,
+            truth=truth.information(case.scene, prompt),
+            estimates={
+                "standard": (said.loss[0] - said.loss[row]).item(),
+                "orthogonal": said.orthogonal[row].item(),
+                MIXTURE: (-said.loss[row] - marginal).item(),
+                "self-confidence": said.confidence[row].item(),
+            },
+        )
+        for row, (kind, prompt) in enumerate(case.beside, start=1)
+    ]
+
+
+# --- The gap -----------------------------------------------------------------------------------------------------
+
+
+def _gap(case: _Case, asked: Pair, said: Said, ends: Sequence[float], truth: Truth, trained: Truth) -> Gap:
+    """Solves (2) for E(∅) and E(p), with the noisy ends of both."""
+    marginal = truth.log_marginal(case.scene)
+    null_excess = said.loss[0].item() + marginal + ends[0]
+    excess = said.loss[1].item() + log_likelihood(case.scene, case.asked) + ends[1]
+    emphasis = marginal - trained.log_marginal(case.scene)
+    return Gap(
+        category=case.category,
+        truth=asked.truth,
+        noisy_end=ends[1] - ends[0],
+        conditional=-excess,
+        emphasis=emphasis,
+        null=null_excess - emphasis,
+        standard=asked.estimates["standard"],
+        mixture=asked.estimates[MIXTURE],
+        at_high_snr=said.at_high_snr,
+        clean_end=said.clean_end,
+    )
+
+
+def _noisy_end(model: Model, latents: Tensor, others: Tensor, seed: int) -> float:
+    path = path_of(model.pipe.scheduler)
+    return noisy_end(latents, others, default_proposal(path).low, is_flow=path.is_flow, seed=seed)
+
+
+def noisy_end(latents: Tensor, others: Tensor, log_snr: float, *, is_flow: bool, seed: int) -> float:
+    """N of (2) in nats, E log p(z | z₀) − E log p(z | p) at λ: for latents z₀ (C, H, W) and `others` (K, C, H, W),
+    drawn from p(z₀ | p). Good where λ is so low that they all look alike."""
+    alpha, sigma = alpha_sigma(torch.tensor(log_snr), is_flow=is_flow)
+    shift = alpha / sigma * (latents - others).flatten(1)  # (K, D)
+    noise = torch.randn(END_DRAWS, shift.shape[1], generator=Generator().manual_seed(seed))
+    projected = torch.cat([noise, -noise]) @ shift.T  # (2 · END_DRAWS, K)
+    log_ratios = -projected - shift.square().sum(dim=1) / 2
+    return (math.log(len(others)) - torch.logsumexp(log_ratios.double(), dim=1)).mean().item()

@@ -1,0 +1,204 @@
+"""The studies of scores: kinds of failure follow the judge, figures have known values, a stopped study goes on."""
+
+import math
+import random
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mitune.bench.knows import Knowledge, knowledge, markdown
+from mitune.bench.select import (
+    BOUND,
+    FAILURES,
+    FREE,
+    PLACED,
+    TOO_LITTLE,
+    TOO_MUCH,
+    SelectConfig,
+    failures_of,
+    run_study,
+    some_of_each,
+)
+from mitune.bench.select_tables import SHOWN, gap_figure, only, prediction_of, summarize_study, tables_of, tau_figure
+from mitune.config import ModelConfig
+from mitune.contrast import POST_HOC
+from mitune.errors import MituneError
+from mitune.metrics.judgment import shapes_metric
+from mitune.metrics.statistics import bootstrap_ratio
+from mitune.negatives import shapes_negatives, wider_negatives
+from mitune.shapes.check import Share
+from mitune.shapes.grammar import CATEGORIES, parse
+from mitune.shapes.judge import judge
+from mitune.shapes.prompts import prompt_list, shapes_prompts
+from mitune.shapes.scene import parts, render, sample_scene
+
+PROMPT = "a red circle to the left of a blue square"
+
+
+@pytest.mark.parametrize(
+    ("shown", "failures"),
+    [
+        (PROMPT, set()),
+        ("a red circle to the right of a blue square", {PLACED}),
+        ("a blue circle to the left of a red square", {BOUND}),
+        ("a blue circle to the right of a red square", {BOUND, PLACED}),
+        ("a red circle", {TOO_LITTLE}),
+        ("a red circle and two crosses", {TOO_LITTLE, TOO_MUCH}),
+        ("three red circles and a blue square", {TOO_MUCH}),
+    ],
+)
+def test_kinds_of_failure(shown, failures):
+    scene = sample_scene(parse(shown), random.Random(0))
+    assert failures_of(judge(render(scene), PROMPT), parse(PROMPT)) == failures
+
+
+@pytest.mark.parametrize("category", CATEGORIES)
+def test_wider_negatives_are_other_prompts_that_no_scene_fits(category):
+    rng = random.Random(0)
+    for listed in prompt_list(category)[::8]:
+        scene = sample_scene(parse(listed.text), rng)
+        texts = [negative.prompt for negative in shapes_negatives(listed.text) + wider_negatives(listed.text)]
+        assert len(set(texts)) == len(texts)
+        for text in texts:
+            assert not all(met for _, met in parts(scene, parse(text))), (listed.text, text)
+
+
+@pytest.mark.parametrize("category", CATEGORIES)
+def test_every_failure_has_a_kind(category):
+    rng = random.Random(0)
+    for listed in prompt_list(category)[::8]:
+        for text in [listed.text, *(negative.prompt for negative in shapes_negatives(listed.text))]:
+            verdict = judge(render(sample_scene(parse(text), rng)), listed.text)
+            assert verdict.exact == (not failures_of(verdict, parse(listed.text)))
+
+
+def test_ratio_of_means():
+    """Prompts whose gap is small count little: (.1 + .3)/(.2 + .8) rather than the mean of .5 and .375."""
+    above, below = np.array([[0.1, 1.0], [0.3, 1.0]]), np.array([[0.2, 0.0], [0.8, 0.0]])
+    ratio, none = bootstrap_ratio(above, below, resamples=200)
+    assert ratio.value == pytest.approx(0.4)
+    assert (ratio.low, ratio.high) == pytest.approx((0.375, 0.5))
+    assert math.isnan(none.value)
+
+
+def study_rows(prompts=6, candidates=10):
+    """Three right candidates a prompt: "truth" puts them first, "wrong" last, "one" is constant, "none" has none."""
+    rows = []
+    for prompt in range(prompts):
+        for j in range(candidates):
+            right = j < 3
+            kind = FAILURES[j % 2]
+            rows.append(
+                {"model": "m", "guidance_scale": 2.0, "calls.making": 24.0, "prompt_index": prompt}
+                | {"category": CATEGORIES[prompt % 2], "exact": right, "graded": float(right), "malformed": False}
+                | {name: not right and name == kind for name in FAILURES if name != "malformed"}
+                | {"score.truth": right + j / 100, "score.wrong": -right - j / 100, "score.none": math.nan}
+                | {"score.one": 1.0, "score.margin-negatives": right - 0.5}
+                | {f"calls.{name}": 2.0 * prompt for name in ("truth", "wrong", "none", "one", "margin-negatives")}
+            )
+    return rows
+
+
+def test_figures_of_known_scores():
+    result = summarize_study(pa.Table.from_pylist(study_rows()), resamples=200)
+    pooled = {quality.score: quality for quality in result.qualities if quality.category == "all"}
+    truth, wrong, one = pooled["truth"], pooled["wrong"], pooled["one"]
+    assert (truth.top.value, truth.middle.value, truth.last.value, truth.closed.value) == (1, 0, 0, 1)
+    assert (wrong.top.value, wrong.last.value) == (0, 1)
+    assert wrong.closed.value == pytest.approx(-0.3 / 0.7)
+    assert one.closed.value == pytest.approx(0, abs=1e-9)
+    assert pooled["none"].top.value == pytest.approx(0.3)
+    assert pooled["margin-negatives"].tau.value == pytest.approx(1)
+    assert truth.calls == 5.0
+    condition = next(c for c in result.conditions if c.category == "all")
+    assert (condition.drawn.value, condition.oracle.value) == (pytest.approx(0.3), 1)
+    assert condition.right_known.value == condition.wrong_known.value == 1
+    shares = {(d.score, d.failure): d.share.value for d in result.discernments}
+    assert {failure for _, failure in shares} == {TOO_MUCH, TOO_LITTLE}
+    assert shares["truth", TOO_MUCH] == 1 and shares["wrong", TOO_MUCH] == 0
+    assert shares["none", TOO_LITTLE] == shares["one", TOO_LITTLE] == 0.5
+
+
+def test_tables_and_figures_show_every_score():
+    result = summarize_study(pa.Table.from_pylist(study_rows()), resamples=50)
+    text = tables_of(result)
+    assert text.index("| truth |") < text.index("| one |") < text.index("| wrong |")
+    some = only(result, ["truth", "one"])
+    assert (
+        {quality.score for quality in some.qualities} == {each.score for each in some.discernments} == {"truth", "one"}
+    )
+    assert "| wrong |" not in tables_of(some) and some.conditions == result.conditions
+    assert "| m, guidance 2 | color | 1.00 | 0.70 | 0.70 | 0.70 |" in prediction_of(result, "truth")
+    for picture in (tau_figure(result), gap_figure(result)):
+        assert picture.startswith(b"\x89PNG")
+
+
+def test_shown_scores_exist():
+    assert {*FREE, *POST_HOC} >= set(SHOWN)
+
+
+def test_some_prompts_of_each_category_and_split():
+    some = some_of_each(shapes_prompts("heldout"), 4)
+    assert len(some) == 4 * len(CATEGORIES)
+    assert [p.split for p in some[:4]] == ["seen", "seen", "unseen", "unseen"]
+
+
+@pytest.mark.slow
+def test_a_stopped_study_goes_on(tmp_path):
+    """The same table whether or not it was stopped in between; other settings are refused."""
+    models = [ModelConfig(name="shapes-sd", device="cpu", steps=3)]
+    prompts, config = some_of_each(shapes_prompts("heldout/color"), 2), SelectConfig(candidates=3, draws=2)
+    whole = run_study(models, prompts, tmp_path / "whole", config)
+
+    class StoppedError(Exception):
+        pass
+
+    def stop(_done, _total):
+        raise StoppedError
+
+    with pytest.raises(StoppedError):
+        run_study(models, prompts, tmp_path / "stopped", config, progress=stop)
+    again = run_study(models, prompts, tmp_path / "stopped", config)
+    assert again.read_bytes() == whole.read_bytes()
+    table = pq.read_table(whole)
+    assert len(table) == 6
+    assert "score.self-confidence" in table.column_names and "calls.normalized-negatives" in table.column_names
+    with pytest.raises(MituneError, match="candidates"):
+        run_study(models, prompts, tmp_path / "whole", SelectConfig(candidates=4, draws=2))
+
+
+@pytest.mark.slow
+def test_knowledge_with_and_without_a_judge():
+    models = [ModelConfig(name="shapes-sd", device="cpu", steps=3)]
+    prompts = some_of_each(shapes_prompts("heldout/color"), 2)
+    judged, unjudged = (
+        knowledge(models, prompts, negatives=shapes_negatives, metric=metric, scenes=scenes, images=2)[0]
+        for metric, scenes in ((shapes_metric, 3), (None, 0))
+    )
+    assert judged.rendered.trials == 3 and judged.shows.trials == 4
+    assert judged.right.trials + judged.wrong.trials == judged.wins.trials == 4
+    assert judged.wins == unjudged.wins
+    assert (unjudged.rendered, unjudged.shows, unjudged.right, unjudged.wrong) == (None,) * 4
+    assert markdown([unjudged]).splitlines()[-1].count("–") == 4
+
+
+def test_no_candidates_no_study():
+    with pytest.raises(MituneError, match="at least 2"):
+        SelectConfig(candidates=1)
+
+
+def test_a_table_of_knowledge():
+    share = Share(hits=1, trials=2)
+    known = Knowledge(
+        model="m",
+        category="color",
+        guidance_scale=2.0,
+        rendered=None,
+        shows=share,
+        right=share,
+        wrong=share,
+        wins=share,
+    )
+    assert markdown([known]).splitlines()[-1].startswith("| color | m | 2 | – | 0.500 [")
