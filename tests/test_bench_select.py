@@ -77,10 +77,19 @@ def test_every_failure_has_a_kind(category):
 def test_ratio_of_means():
     """Prompts whose gap is small count little: (.1 + .3)/(.2 + .8) rather than the mean of .5 and .375."""
     above, below = np.array([[0.1, 1.0], [0.3, 1.0]]), np.array([[0.2, 0.0], [0.8, 0.0]])
-    ratio, none = bootstrap_ratio(above, below, resamples=200)
+    ratio, none = bootstrap_ratio(above, below, -np.ones((2, 2)), resamples=200)
     assert ratio.value == pytest.approx(0.4)
     assert (ratio.low, ratio.high) == pytest.approx((0.375, 0.5))
-    assert math.isnan(none.value)
+    assert math.isnan(none.value) and (ratio.prompts, none.prompts) == (2, 0)
+
+
+def test_a_ratio_that_all_prompts_share_is_not_certain():
+    """All closed, 9 of 9 times: at 97.5 % another prompt differs with probability up to 1 − 0.025^(1/9) = 0.336, and
+    then by 0.4 + 0.6 of a gap of 0.4 at most."""
+    above = below = np.full((9, 1), 0.4)
+    (ratio,) = bootstrap_ratio(above, below, np.full((9, 1), -0.6), resamples=50)
+    assert (ratio.value, ratio.high) == (1, 1)
+    assert ratio.low == pytest.approx(1 - 0.3363 * 1 / 0.4, abs=1e-3)
 
 
 def study_rows(prompts=6, candidates=10):

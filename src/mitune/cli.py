@@ -463,7 +463,7 @@ def bench_mi(
     estimators: Annotated[str, Option(help="Names with commas between them, e.g. RFMI,KSG.")] = "RFMI,Gaussian-copula",
     n: Annotated[str, Option("--n", help="Sample sizes.")] = "1000,5000,10000",
     seeds: Annotated[int, Option(min=1, help="Samples drawn of each task and size: seeds 0, 1, ...")] = 1,
-    results: Annotated[Path, Option(help="Table of results; what it holds is not made again.")] = Path(
+    results: Annotated[Path, Option(help="Table of results; what it holds is shown too, and not made again.")] = Path(
         "runs/mi-benchmark.parquet"
     ),
     output: Annotated[Path, Option("--output", "-o", help="Markdown; the plot goes beside it.")] = Path("mi.md"),

@@ -88,8 +88,14 @@ def _identity(
     """All that the adapter is a function of; the micro-batch changes its rounding at most."""
     settings = asdict(config)
     del settings["micro_batch_size"], settings["checkpoint_every"]
-    source = {"model": model.name, "revision": model.revision, "variant": model.variant, "dtype": model.dtype}
-    return {**source, "set": images.checksum, "start_from": adapter_checksum(start_from), **settings}
+    source = {"model": model.name, "base": model.base, "revision": model.revision, "variant": model.variant}
+    return {
+        **source,
+        "dtype": model.dtype,
+        "set": images.checksum,
+        "start_from": adapter_checksum(start_from),
+        **settings,
+    }
 
 
 @contextmanager

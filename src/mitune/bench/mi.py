@@ -15,14 +15,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from matplotlib.figure import Figure
 
-from mitune.bench.estimators import get_estimator
+from mitune.bench.estimators import ESTIMATORS, get_estimator
 from mitune.bench.mi_tasks import TASKS, Task, get_task
 from mitune.errors import MituneError
 from mitune.store import write_table
 
 HEADER = """# Mutual information on the benchmark "Beyond Normal"
 
-Made by `{command}`.
+Made by `{command}`, from all that its table of results held.
 
 The 40 tasks of Czyż et al. (2023, arXiv 2306.11078) have closed-form truths; `src/mitune/bench/mi_tasks.py` writes them
 in NumPy. Every estimator is fitted on N samples and read on the same N; the networks are cross-fitted, so that each
@@ -70,8 +70,8 @@ def run_benchmark(
 ) -> list[Result]:
     """Fits every estimator on every sample and adds its result to `file`, a Parquet table, at once.
 
-    What the file already holds is not made again. Returns the results that were asked for, in order. The samples of
-    a seed are the same for all estimators. Raises MituneError for unknown names.
+    What the file already holds is not made again. Returns all results that it then holds. The samples of a seed are
+    the same for all estimators. Raises MituneError for unknown names.
     """
     for name in tasks:
         get_task(name)
@@ -88,7 +88,7 @@ def run_benchmark(
             known[key] = measure(get_task(key[0]), *key[1:])
             write_table(file, pa.Table.from_pylist([asdict(result) for result in known.values()]))
     progress(len(wanted), len(wanted))
-    return [known[key] for key in wanted]
+    return list(known.values())
 
 
 def measure(task: Task, estimator: str, samples: int, seed: int) -> Result:
@@ -137,7 +137,8 @@ def mean_absolute_error(results: Sequence[Result]) -> float:
 
 def markdown(results: Sequence[Result]) -> str:
     """Mean absolute errors by estimator, size and group of tasks; then each task's estimates."""
-    estimators = list(dict.fromkeys(result.estimator for result in results))
+    present = {result.estimator for result in results}
+    estimators = [name for name in ESTIMATORS if name in present]
     sizes = sorted({result.samples for result in results})
     lines = [
         "## Mean absolute error, nats",

@@ -84,7 +84,7 @@ class Quality:
     top: Interval  # exact share of the best
     middle: Interval  # of the one in the middle of the ranks
     last: Interval  # of the worst
-    closed: Interval  # share of the way from a random choice to the oracle
+    closed: Interval  # share of the way from a random choice to the oracle, over prompts where there is any
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,7 +199,8 @@ def _qualities(setting: Setting, category: str, prompts: Sequence[_Prompt], resa
     drawn = np.array([prompt.exact.mean() for prompt in prompts])[:, None]
     oracle = np.array([prompt.exact.max() for prompt in prompts])[:, None]
     shares = [bootstrap(values, low=0, high=1, resamples=resamples) for values in (top, middle, last)]
-    closed = bootstrap_ratio(top - drawn, np.broadcast_to(oracle - drawn, top.shape), resamples=resamples)
+    gap, least = (np.broadcast_to(values, top.shape) for values in (oracle - drawn, -drawn))
+    closed = bootstrap_ratio(top - drawn, gap, least, resamples=resamples)
     tau = bootstrap(taus, low=-1, high=1, resamples=resamples)
     calls = np.mean([prompt.calls for prompt in prompts], axis=0)
     names = prompts[0].names

@@ -128,8 +128,6 @@ def study(
     pairs: list[Pair] = []
     gaps: list[Gap] = []
     for index, case in enumerate(cases):
-        if progress:
-            progress(index + 1, len(cases))
         latents = _encode(model, [case.scene])
         said = ask(model, latents, [str(prompt) for _, prompt in case.beside], draws=draws, seed=seed + index)
         found = _pairs(index, case, said, truth)
@@ -137,6 +135,8 @@ def study(
         ends = [_noisy_end(model, latents[0], others, seed + index) for others in (world, own)]
         pairs += found
         gaps.append(_gap(case, found[0], said, ends, truth, trained))
+        if progress:
+            progress(index + 1, len(cases))
     return Study(model=model.name, scenes=scenes, draws=draws, emphasis=emphasis, pairs=pairs, gaps=gaps)
 
 

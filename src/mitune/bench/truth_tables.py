@@ -21,7 +21,7 @@ from mitune.shapes.truth import Truth
 ESTIMATORS = ("standard", "orthogonal", MIXTURE, "self-confidence")
 IN_NATS = ESTIMATORS[:3]
 POOLED = "all"
-RESAMPLES = 500
+RESAMPLES = 200
 
 Array = NDArray[np.float64]
 

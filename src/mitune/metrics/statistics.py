@@ -131,26 +131,32 @@ def bootstrap(
     return found
 
 
-def bootstrap_ratio(above: Array, below: Array, *, resamples: int = RESAMPLES, seed: int = 0) -> list[Interval]:
+def bootstrap_ratio(
+    above: Array, below: Array, least: Array, *, resamples: int = RESAMPLES, seed: int = 0
+) -> list[Interval]:
     """Ratio of means over prompts, mean(above)/mean(below), with its 95 % percentile interval, column by column.
 
-    Both are (prompts, columns), and NaN in either leaves the prompt out of that column. NaN where no mean below is
-    positive; resamples in which it is not have no ratio and do not count.
+    All are (prompts, columns); `least` is the lowest that `above` could be. NaN in any leaves the prompt out of that
+    column. `prompts` counts those with something below, which alone carry the ratio; NaN where there are none. Where
+    all of them have one ratio, nothing is left to resample, and the lower end is that of `bootstrap` for equal values.
     """
-    present = np.isfinite(above) & np.isfinite(below)
+    present = np.isfinite(above) & np.isfinite(below) & (below > 0)
     filled = np.hstack([np.where(present, values, 0.0) for values in (above, below)])
-    drawn = _resampled_means(filled, np.hstack([present, present]), resamples, np.random.default_rng(seed))
+    drawn = _resampled_means(filled, np.ones_like(filled, dtype=np.bool_), resamples, np.random.default_rng(seed))
     found = []
     for column, count in enumerate(present.sum(axis=0).tolist()):
+        if not count:
+            found.append(Interval(math.nan, math.nan, math.nan, 0))
+            continue
         own = present[:, column]
-        total = float(below[own, column].sum())
-        if total <= 0:
-            found.append(Interval(math.nan, math.nan, math.nan, count))
+        up, down, lowest = (float(values[own, column].sum()) for values in (above, below, least))
+        if np.ptp(above[own, column] / below[own, column]) < 1e-9:
+            other = 1 - _TAIL ** (1 / count)
+            found.append(Interval(up / down, up / down - other * (up - lowest) / down, up / down, count))
             continue
         top, bottom = drawn[:, column], drawn[:, column + above.shape[1]]
-        ratios = top[bottom > 0] / bottom[bottom > 0]
-        ends = np.quantile(ratios, (_TAIL, 1 - _TAIL)).tolist()
-        found.append(Interval(float(above[own, column].sum()) / total, *ends, count))
+        low, high = np.quantile(top[bottom > 0] / bottom[bottom > 0], (_TAIL, 1 - _TAIL)).tolist()
+        found.append(Interval(up / down, low, high, count))
     return found
 
 

@@ -22,7 +22,7 @@ from mitune.shapes.grammar import parse
 from mitune.shapes.prompts import prompt_list
 from mitune.shapes.scene import picture, sample_scene
 
-DRAWS = 24  # log-SNRs at which each scene is noised; with 8, a third of the counts that are known seem not to be
+DRAWS = 12  # log-SNRs at which each scene is noised, with ε and −ε; with fewer, counts that are known seem not to be
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
