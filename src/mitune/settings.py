@@ -29,7 +29,7 @@ PRESETS: Mapping[str, Nested] = {
         "prompts": "shapes:train",
         "eval_prompts": "shapes:heldout",
     },
-    # The experiment of docs/results.md: the paper's score and self-confidence against both controls
+    # The experiment of benchmarks/results.py: the paper's score and self-confidence against both controls
     "shapes-study": {
         "model": {"name": "shapes-sd"},
         "pool": {
