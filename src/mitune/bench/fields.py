@@ -101,7 +101,7 @@ class Gap:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """½/density (K, B, 1), ε̂, ε_G and ε (K, B, d), each sample at a λ of its own."""
         x, condition = self.x[rows], self.condition[rows]
-        log_snr = self.proposal.at(stratified(*rows.shape, generator))[..., None]
+        log_snr = self.proposal.at(stratified(rows.shape[0], rows.shape[1], generator))[..., None]
         weight = (0.5 / self.proposal.density(log_snr)).float()
         log_snr = log_snr.float()
         alpha, sigma = alpha_sigma(log_snr, is_flow=self.is_flow)
@@ -214,7 +214,7 @@ class PaperField:
 
     def loss(self, network: BatchedMLP, rows: Tensor, generator: Generator) -> Tensor:
         """Mean squared error with and without y, on shared noise."""
-        time = stratified(*rows.shape, generator)[..., None]
+        time = stratified(rows.shape[0], rows.shape[1], generator)[..., None]
         if self.is_flow:
             log_snr = (2 * torch.logit(time)).float()
         else:
@@ -228,7 +228,7 @@ class PaperField:
     def information(self, network: BatchedMLP, rows: Tensor, generator: Generator) -> Tensor:
         """RFMI: t/(1−t) u·(u − u_∅) of Prop. 3.2, up to its truncation. MINDE-C: ½‖Δε‖² of (1)."""
         proposal: Proposal = _FLOW_PROPOSAL if self.is_flow else _VP_PROPOSAL
-        log_snr = proposal.at(stratified(*rows.shape, generator))[..., None]
+        log_snr = proposal.at(stratified(rows.shape[0], rows.shape[1], generator))[..., None]
         weight = (0.5 / proposal.density(log_snr)).float()[..., 0]
         log_snr = log_snr.float()
         _, _, (conditional, null) = self._outputs(network, rows, log_snr, generator)

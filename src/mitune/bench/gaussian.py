@@ -74,7 +74,8 @@ def radial_map(x: Array) -> Map:
     def apply(new: Array) -> Array:
         white = (new - center) @ root
         radius = np.maximum(_norms(white), np.finfo(float).tiny)
-        return white * (chi.ppf(ranks(radius), x.shape[1]) / radius)[:, None]
+        moved: Array = white * (chi.ppf(ranks(radius), x.shape[1]) / radius)[:, None]
+        return moved
 
     return apply
 

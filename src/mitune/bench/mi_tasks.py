@@ -146,7 +146,8 @@ def mixture_quantile(weight: float, first: float, second: float) -> Map:
             middle = (below + above) / 2
             low = weight * ndtr(middle - first) + (1 - weight) * ndtr(middle - second) < u
             below, above = np.where(low, middle, below), np.where(low, above, middle)
-        return (below + above) / 2
+        mean: Array = (below + above) / 2
+        return mean
 
     return quantile
 

@@ -116,7 +116,7 @@ def train(problem: Problem, folds: Folds, training: Training, generator: Generat
             group["lr"] = rate * training.learning_rate
         drawn = torch.randint(folds.seen.shape[1], (training.members, training.batch), generator=generator)
         optimizer.zero_grad()
-        problem.loss(network, folds.seen.gather(1, drawn), generator).mean(dim=1).sum().backward()
+        torch.autograd.backward(problem.loss(network, folds.seen.gather(1, drawn), generator).mean(dim=1).sum())
         nn.utils.clip_grad_norm_(network.parameters(), 2.0 * training.members)
         optimizer.step()
         with torch.no_grad():

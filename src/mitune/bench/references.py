@@ -161,7 +161,7 @@ class Variational:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             critic = Critic(x.shape[1], y.shape[1], self.width)
-        held, rest = torch.randperm(len(x), generator=generator).split([len(x) // 5, len(x) - len(x) // 5])
+        held, rest = torch.tensor_split(torch.randperm(len(x), generator=generator), [len(x) // 5])
         optimizer = torch.optim.Adam(critic.parameters(), lr=self.learning_rate)
         best, waited = -math.inf, 0
         self.critic_ = copy.deepcopy(critic)
@@ -171,7 +171,7 @@ class Variational:
             (-self.objective(critic(*(side[drawn] for side in sides)))).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             if step % 100 == 0:
-                value = self._blocks(critic, *(side[held] for side in sides), self.objective).mean().item()
+                value = self._blocks(critic, sides[0][held], sides[1][held], self.objective).mean().item()
                 waited = 0 if value > best else waited + 1
                 if value > best:
                     best, self.critic_ = value, copy.deepcopy(critic)
@@ -192,5 +192,5 @@ class Variational:
     def _blocks(self, critic: Critic, x: Tensor, y: Tensor, bound: Bound) -> Tensor:
         """The bound on every full batch of the samples, (batches,)."""
         full = len(x) - len(x) % self.batch
-        pairs = zip(x[:full].split(self.batch), y[:full].split(self.batch), strict=True)
+        pairs = zip(torch.split(x[:full], self.batch), torch.split(y[:full], self.batch), strict=True)
         return torch.stack([bound(critic(a, b)) for a, b in pairs])
