@@ -32,7 +32,8 @@ def _in_turn(*phases: DenoiserConfig) -> tuple[DenoiserConfig, ...]:
     return tuple(replace(phase, start=start) for phase, start in zip(phases, starts, strict=False))
 
 
-# What the shipped models went through, and what was learned from it. Attributes are bound first; where things stand is
+# What the shipped models went through (on the first two phases see docs/shapes.md), and what was learned from it.
+# Attributes are bound first; where things stand is
 # settled at higher noise. "Left of" or "right of", times which object comes first, is an exclusive or, with no gradient
 # at the start: it came quickly once one of two opposite relations was drawn much oftener, so that order alone told
 # something of the place. A U-Net hardly knows where it is, for its only hint is the padding of its convolutions: it
