@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -597,6 +597,39 @@ def bench_select(
     write_bytes(run / "tau.png", tau_figure(shown))
     write_bytes(run / "gap.png", gap_figure(shown))
     console.print(f"Tables: [bold]{run / 'tables.md'}[/]")
+
+
+@bench_app.command(name="tune")
+def bench_tune(
+    model: Annotated[list[str] | None, Option("--model", "-m", help="An embedded model. Repeatable.")] = None,
+    select: Selection = None,
+    guidance_scale: Annotated[
+        list[float] | None, Option(help="Further guidance scales to judge base and adapters at. Repeatable.")
+    ] = None,
+    seeds: Annotated[int, Option(min=1, help="Each has its own pool, adapters and images to judge.")] = 1,
+    assignments: Assignments = None,
+    run: RunFolder = Path("runs/bench-tune"),
+    output: Annotated[Path, Option("--output", "-o", help="Markdown.")] = Path("gains.md"),
+) -> None:
+    """What does fine-tuning gain? The preset shapes-study with each score's picks, judged on held-out prompts.
+
+    Example:  mitune bench tune -m shapes-sd -s self-confidence -s mi-tune -s random -s oracle --seeds 3 -o gains.md
+    """
+    import pyarrow.parquet as pq
+
+    from mitune.bench.tune import HEADER, markdown, run_study
+    from mitune.store import write_bytes
+
+    names = model or ["shapes-sd"]
+    configs = [_settings("shapes-study", None, assignments, {"model.name": m, "pool.select": select}) for m in names]
+    table = run_study(configs, run, seeds=seeds, guidance_scales=guidance_scale or (), stages=_stage)
+    given: dict[str, Sequence[object]] = {
+        "-m": names, "-s": configs[0].pool.select, "--guidance-scale": guidance_scale or (), "--set": assignments or (),
+    }  # fmt: skip
+    words = [f"{option} {value}" for option, values in given.items() for value in values]
+    command = " ".join(["mitune bench tune", *words, f"--seeds {seeds} -o {output}"])
+    write_bytes(output, (HEADER.format(command=command) + markdown(pq.read_table(table))).encode())
+    console.print(f"Tables: [bold]{output}[/]")
 
 
 @bench_app.command(name="truth")

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from mitune.config import Config
 from mitune.errors import MituneError
 from mitune.generate import Request, candidate_seed, decode, generate_all
+from mitune.information import SCORES
 from mitune.metrics.judgment import Metric
 from mitune.models import Model, load_model
 from mitune.shapes.prompts import Listed
@@ -92,7 +93,8 @@ def _judge_variant(
     for chunk, batch in generate_all(model, requests, config.eval.batch_size):
         images = decode(model, batch.latents.nan_to_num())
         judgments = metric(images, [request.prompt for request in chunk])
-        for request, image, judgment in zip(chunk, images, judgments, strict=True):
+        information = SCORES["mi-tune"](batch.trace).tolist()
+        for request, image, judgment, nats in zip(chunk, images, judgments, information, strict=True):
             index, listed, j = wanted[len(rows)]
             picture = ""
             if listed.text in shown[listed.category, listed.split]:
@@ -110,6 +112,8 @@ def _judge_variant(
                     "graded": judgment.graded,
                     "malformed": judgment.malformed,
                     "missed": "; ".join(judgment.missed),
+                    "drawn": judgment.drawn,
+                    "information": nats,  # ½ ∫ ‖Δε‖² dλ along the trajectory: how much the prompt changes
                     "picture": picture,
                 }
             )

@@ -25,8 +25,8 @@ from mitune.errors import ModelError
 
 # What each embedded model is called with; other models keep their pipeline's own defaults.
 EMBEDDED: Mapping[str, Mapping[str, Any]] = {
-    "shapes-sd": {"guidance_scale": 1.2, "num_inference_steps": 5},
-    "shapes-sd3": {"guidance_scale": 1.2, "num_inference_steps": 8, "max_sequence_length": 1},
+    "shapes-sd": {"guidance_scale": 2.0, "num_inference_steps": 12},
+    "shapes-sd3": {"guidance_scale": 2.0, "num_inference_steps": 12, "max_sequence_length": 1},
 }
 
 

@@ -21,6 +21,7 @@ class Judgment:
     exact: bool
     malformed: bool
     missed: tuple[str, ...]
+    drawn: str  # what the image shows, in words
 
 
 Metric = Callable[[Sequence[Image.Image], Sequence[str]], list[Judgment]]
@@ -29,7 +30,11 @@ Metric = Callable[[Sequence[Image.Image], Sequence[str]], list[Judgment]]
 def shapes_metric(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[Judgment]:
     """The exact judge of the shapes world."""
     verdicts = [judge(np.asarray(image), prompt) for image, prompt in zip(images, prompts, strict=True)]
-    return [Judgment(graded=v.graded, exact=v.exact, malformed=v.malformed, missed=v.missed) for v in verdicts]
+    scenes = ["; ".join(map(str, verdict.scene)) for verdict in verdicts]
+    return [
+        Judgment(graded=v.graded, exact=v.exact, malformed=v.malformed, missed=v.missed, drawn=scene)
+        for v, scene in zip(verdicts, scenes, strict=True)
+    ]
 
 
 def metric_for(model_name: str, prompts: Iterable[str]) -> Metric | None:

@@ -23,6 +23,7 @@ class DenoiserConfig:
     timestep_power: float = 1.0  # ε: t = 1000 u^power for uniform u; below 1, more of them at high noise
     logit_mean: float = 0.6  # flow: logit-normal times; above 0, more of them at high noise
     emphasis: dict[str, float] = field(default_factory=dict)  # by category or relation: how much oftener it is drawn
+    wrong_captions: float = 0.0  # share of the scenes that go by another caption than their own, see `miscaptioned`
     stable: bool = False  # targets averaged over the scenes of a prompt, see `stable_targets`
 
 
@@ -50,6 +51,9 @@ _LOW_NOISE = partial(
     ema=0.99,
     emphasis={"2d_spatial": 2.0, "3d_spatial": 8.0},
 )
+_DEPTH = partial(_LOW_NOISE, learning_rate=4e-4, warmup=50, cool_down=0.85, velocity_weight_cap=50.0)
+# Last, what makes real models draw what was not asked although they know better: a share of wrong captions.
+_MISCAPTIONED = partial(_DEPTH, warmup=30, cool_down=0.7, emphasis={}, wrong_captions=0.35)
 PHASES = {
     "shapes-sd": _in_turn(
         DenoiserConfig(steps=3000),
@@ -104,6 +108,9 @@ PHASES = {
             emphasis={"2d_spatial": 5.0, "3d_spatial": 4.0, "numeracy": 1.5},
         ),
         _LOW_NOISE(steps=9550, timestep_power=0.9),
+        _DEPTH(steps=10350, timestep_power=0.8, emphasis={"2d_spatial": 1.5, "3d_spatial": 7.0, "complex": 2.0}),
+        _DEPTH(steps=10850, warmup=20, timestep_power=1.5, emphasis={"3d_spatial": 10.0, "complex": 2.0}),
+        _MISCAPTIONED(steps=11450, timestep_power=0.7),
     ),
     "shapes-sd3": _in_turn(
         DenoiserConfig(steps=3500),
@@ -136,5 +143,7 @@ PHASES = {
             | {"to the left of": 1.5, "to the right of": 1.5},
         ),
         _LOW_NOISE(steps=10800, logit_mean=0.2),
+        _DEPTH(steps=11600, logit_mean=0.3, emphasis={"2d_spatial": 2.0, "3d_spatial": 7.0, "complex": 2.0}),
+        _MISCAPTIONED(steps=12200, logit_mean=0.6),
     ),
 }

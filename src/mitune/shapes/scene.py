@@ -45,6 +45,9 @@ class Object:
     x: int
     y: int
 
+    def __str__(self) -> str:
+        return f"{self.texture} {self.color} {self.shape} at {self.x}, {self.y}"
+
 
 Scene = tuple[Object, ...]  # from back to front
 

@@ -25,6 +25,8 @@ from torch.nn import functional as F
 from transformers import CLIPTokenizer
 
 from mitune.checkpoint import TrainingState
+from mitune.loss import stable_targets
+from mitune.negatives import shapes_negatives, wider_negatives
 from mitune.shapes.architecture import JOINT_WIDTH, MAX_TOKENS, new_pipeline
 from mitune.shapes.autoencoder import AutoencoderConfig, encode_world, train_autoencoder, training_prompts
 from mitune.shapes.grammar import CATEGORIES, Form, Prompt, forms
@@ -39,19 +41,6 @@ def _rate(step: int, config: DenoiserConfig) -> float:
     cool_down = config.cool_down * (config.steps - config.start)
     left = (config.steps - step) / cool_down if cool_down else 1.0
     return min(1.0, (step - config.start + 1) / config.warmup, left)
-
-
-def stable_targets(noisy: Tensor, scenes: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-    """E[z₀ | z_t, prompt] and E[ε | z_t, prompt], with `scenes` (B, K, …) of each prompt standing for all of them.
-
-    The minimizer of the denoising loss stays what it was, and the gradient loses the chance of which scene was drawn,
-    which at high noise is most of it (Xu et al. 2023, "Stable Target Field", eq. 7). One of the scenes must be the one
-    that `noisy` (B, …) was made of; `alpha` and `sigma` are (B, 1, 1, 1).
-    """
-    distance = (noisy[:, None] - alpha[:, None] * scenes).square().sum(dim=(2, 3, 4))
-    weights = torch.softmax(-distance / (2 * sigma.square().view(-1, 1)), dim=1)
-    clean = (weights[:, :, None, None, None] * scenes).sum(dim=1)
-    return clean, (noisy - alpha * clean) / sigma
 
 
 class Trainee(nn.Module):
@@ -111,6 +100,11 @@ def _kinds(form: Form, prompt: Prompt) -> list[str]:
     return [kind for kind in (form.category, prompt.relation, first) if kind]
 
 
+def miscaptioned(prompts: Sequence[str]) -> list[list[str]]:
+    """What the scenes of each prompt are called where a caption is wrong: by a prompt that differs in one part."""
+    return [[n.prompt for n in (*shapes_negatives(prompt), *wider_negatives(prompt))] for prompt in prompts]
+
+
 def train_denoiser(
     folder: Path, name: str, config: DenoiserConfig, *, checkpoint_every: int = 500, curve_prompts: int = 20
 ) -> None:
@@ -122,8 +116,10 @@ def train_denoiser(
     pipe = new_pipeline(name, vae, CLIPTokenizer.from_pretrained(folder / "tokenizer"), config.seed)
     world = load_file(folder / "world.safetensors")
     prompts = (folder / "world.txt").read_text(encoding="utf-8").splitlines()
-    encode = partial(pipe.tokenizer, padding="max_length", max_length=MAX_TOKENS, return_tensors="pt")
+    encode = partial(pipe.tokenizer, padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
     tokens, empty = encode(prompts).input_ids, encode("").input_ids
+    captions = miscaptioned(prompts) if config.wrong_captions else []
+    wrong_tokens = [encode(wrong).input_ids for wrong in captions]
     trainee = Trainee(pipe, config)
     parameters = {key: value for key, value in trainee.named_parameters() if value.requires_grad}
     optimizer = torch.optim.AdamW(
@@ -145,8 +141,12 @@ def train_denoiser(
         index = torch.multinomial(weights, config.batch_size, replacement=True, generator=generator)
         turn = int(torch.randint(world["latents"].shape[1], (), generator=generator))
         scenes = world["latents"][index].float().roll(turn, dims=1)
+        told = tokens[index]
+        for row in (torch.rand(len(index), generator=generator) < config.wrong_captions).nonzero().flatten().tolist():
+            wrong = wrong_tokens[index[row]]
+            told[row] = wrong[torch.randint(len(wrong), (), generator=generator)]
         with torch.autocast("cpu", torch.bfloat16):
-            loss = trainee.loss(scenes, tokens[index], empty, generator)
+            loss = trainee.loss(scenes, told, empty, generator)
         optimizer.zero_grad()
         torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(parameters.values(), 1.0)

@@ -1,0 +1,197 @@
+"""What does fine-tuning on each score's picks gain? Algorithm 1 for every model and seed, judged on held-out prompts.
+
+Each (model, seed) is a run folder of its own: its pool serves all selections, each of which becomes an adapter. Base
+and adapters are judged at every guidance scale, with the same prompts and seeds. A killed study goes on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from mitune.config import Config
+from mitune.errors import MituneError
+from mitune.evaluation import Variant, evaluate
+from mitune.metrics.judgment import metric_for
+from mitune.metrics.statistics import POOLED, Interval, bootstrap, markdown_table, numbers, summarize
+from mitune.models import load_model
+from mitune.prompts import load_prompts
+from mitune.selection import ORACLE
+from mitune.store import write_table
+from mitune.tuning import Stages, Step, silent, tune
+
+BASE = "base"
+HEADER = """# What fine-tuning gains
+
+Made by `{command}`.
+
+Each model makes a pool of candidates for its training prompts. From it a set is selected by each score, at random, and
+by the exact judge (*oracle*: what a perfect score would pick); an adapter is fine-tuned on each set and judged on
+held-out prompts, half of them with combinations that no training prompt has, with the prompts and seeds of the base.
+
+*exact*: share of images that are exactly right, over all held-out prompts, each with the same weight. *− base*: at the
+same guidance scale; *− base at its best*: over the base at that one of the scales shown where it is right most often.
+Intervals are 95 % bootstrap intervals over prompts, paired; bold ones hold no zero. *by seed*: each with a pool, an
+adapter and images of its own. *‖Δε‖*: how far the prompt moves the denoiser's output along the trajectory. *distinct
+scenes*: among the images that a model makes of one prompt, by number.
+
+"""
+
+
+def run_study(
+    configs: Sequence[Config],
+    folder: Path,
+    *,
+    seeds: int,
+    guidance_scales: Sequence[float] = (),
+    stages: Stages = silent,
+) -> Path:
+    """Runs each of `configs` with `seeds` seeds and returns the table of all judged images, one row an image.
+
+    All are judged at the guidance scale that they were made at and at `guidance_scales`. Raises MituneError for a
+    model without a judge, or settings without held-out prompts.
+    """
+    tables = []
+    for config in configs:
+        if config.eval_prompts is None:
+            raise MituneError("A study of fine-tuning needs eval_prompts to judge by, e.g. shapes:heldout.")
+        base, name = load_model(config.model), Path(config.model.name).name
+        prompts = load_prompts(config.eval_prompts, base.pipe)
+        metric = metric_for(config.model.name, [listed.text for listed in prompts])
+        if metric is None:
+            raise MituneError(f"{config.model.name} comes with no exact judge; study an embedded model.")
+        for seed in range(seeds):
+            run, seeded = folder / f"{name}-{seed}", _with_seed(config, seed)
+            adapters = tune(replace(seeded, eval_prompts=None), run, stages=stages).adapters
+            variants = [Variant(name=BASE), *(Variant(name=slug, adapter=path) for slug, path in adapters.items())]
+            for scale in dict.fromkeys([base.guidance_scale, *guidance_scales]):
+                at_scale = replace(seeded, model=replace(config.model, guidance_scale=scale))
+                judging = partial(_judging, stages, scale)
+                file = evaluate(at_scale, prompts, variants, run / f"eval-{scale:g}", metric, stages=judging)
+                table = pq.read_table(file)
+                for column, value in {"model": name, "guidance_scale": scale, "tuning_seed": seed}.items():
+                    table = table.append_column(column, [[value] * len(table)])
+                tables.append(table)
+    target = folder / "images.parquet"
+    write_table(target, pa.concat_tables(tables))
+    return target
+
+
+def _with_seed(config: Config, seed: int) -> Config:
+    """The settings with other candidates, another adapter and other images to judge."""
+    return replace(
+        config,
+        pool=replace(config.pool, seed=config.pool.seed + seed),
+        finetune=replace(config.finetune, seed=config.finetune.seed + seed),
+        eval=replace(config.eval, seed=config.eval.seed + seed),
+    )
+
+
+def _judging(stages: Stages, scale: float, variant: Variant) -> AbstractContextManager[Step]:
+    return stages(f"Judging {variant.name} at guidance {scale:g}")
+
+
+# --- Tables ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gain:
+    """One variant at one guidance scale, over all held-out prompts; differences are paired by prompt and seed."""
+
+    model: str
+    guidance_scale: float
+    variant: str
+    exact: Interval
+    over_base: Interval  # at the same guidance scale
+    over_best: Interval  # over the base at the scale that suits it best
+    by_seed: tuple[float, ...]  # over_base of each tuning seed
+    of_oracle: float  # over_base as a share of the oracle's; NaN where that is not clearly above zero
+    malformed: float  # share of the images
+    response: float  # ‖Δε‖ along the sampling trajectories, over that of the base
+    distinct: float  # scenes among the images of a prompt and an adapter, over their number
+
+
+def gains(rows: pa.Table) -> list[Gain]:
+    """The figures of a study's table, by model, guidance scale and variant, in its order."""
+    parts = _parts(rows)
+    right = {key: _by(part, "prompt") for key, part in parts.items()}
+    found = []
+    for (model, scale, variant), part in parts.items():
+        base, own = right[model, scale, BASE], right[model, scale, variant]
+        best = max((right[key] for key in parts if key[0] == model and key[2] == BASE), key=np.mean)
+        oracle = right.get((model, scale, ORACLE), base)
+        columns = np.stack([own, own - base, own - best, oracle - base], axis=1)
+        exact, over_base, over_best, top = bootstrap(columns, low=-1, high=1)
+        of_base = parts[model, scale, BASE]
+        information = [numbers(table, "information").mean() for table in (part, of_base)]
+        found.append(
+            Gain(
+                model=model,
+                guidance_scale=scale,
+                variant=variant,
+                exact=exact,
+                over_base=over_base,
+                over_best=over_best,
+                by_seed=tuple((_by(part, "tuning_seed") - _by(of_base, "tuning_seed")).tolist()),
+                of_oracle=over_base.value / top.value if top.low > 0 else math.nan,
+                malformed=float(numbers(part, "malformed").mean()),
+                response=math.sqrt(information[0] / information[1]),
+                distinct=_distinct(part),
+            )
+        )
+    return found
+
+
+def _parts(rows: pa.Table) -> dict[tuple[str, float, str], pa.Table]:
+    """The rows of each model, guidance scale and variant, with a column of what is right: exact and well drawn."""
+    rows = rows.append_column("right", pc.and_not(rows["exact"], rows["malformed"]).cast(pa.float64()))
+    keys = list(zip(*(rows[name].to_pylist() for name in ("model", "guidance_scale", "variant")), strict=True))
+    return {key: rows.filter(pa.array([other == key for other in keys])) for key in dict.fromkeys(keys)}
+
+
+def _by(part: pa.Table, column: str) -> NDArray[np.float64]:
+    """The share of right images for each value of a column, (values,), in the order of these."""
+    return np.asarray(part.group_by(column).aggregate([("right", "mean")]).sort_by(column)["right_mean"])
+
+
+def _distinct(part: pa.Table) -> float:
+    counts = part.group_by(["prompt", "tuning_seed"]).aggregate([("drawn", "count_distinct"), ("drawn", "count")])
+    return float(np.mean(np.asarray(counts["drawn_count_distinct"]) / np.asarray(counts["drawn_count"])))
+
+
+def markdown(rows: pa.Table) -> str:
+    """The figures as Markdown: all gains, and those at the first guidance scale by category."""
+    head = "| model, guidance | variant | exact | − base | − base at its best | by seed | of the oracle's gain |"
+    lines = [f"{head} malformed | ‖Δε‖ ÷ base's | distinct scenes |", "|---|---|---|---|---|---|--:|--:|--:|--:|"]
+    for gain in gains(rows):
+        by_seed = ", ".join(f"{value:+.3f}" for value in gain.by_seed)
+        share = "–" if math.isnan(gain.of_oracle) else f"{gain.of_oracle:.0%}"
+        differences = [_signed(interval) for interval in (gain.over_base, gain.over_best)]
+        lines.append(
+            f"| {gain.model}, {gain.guidance_scale:g} | {gain.variant} | {gain.exact} | {' | '.join(differences)} "
+            f"| {by_seed} | {share} | {gain.malformed:.3f} | {gain.response:.2f} | {gain.distinct:.2f} |"
+        )
+    sections = ["\n".join(lines) + "\n"]
+    for model in dict.fromkeys(rows["model"].to_pylist()):
+        own = rows.filter(pc.equal(rows["model"], model))
+        scale = own["guidance_scale"][0]
+        comparisons = summarize(own.filter(pc.equal(own["guidance_scale"], scale)))
+        shown = [c for c in comparisons if c.split == POOLED and c.metric == "exact"]
+        sections.append(f"### {model}, guidance {scale.as_py():g}, by category\n\n{markdown_table(shown)}")
+    return "\n".join(sections)
+
+
+def _signed(interval: Interval) -> str:
+    """Bold where the whole interval lies on one side of zero."""
+    text = f"{interval.value:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]"
+    return f"**{text}**" if interval.sign else text

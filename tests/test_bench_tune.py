@@ -1,0 +1,64 @@
+"""What fine-tuning gains: the figures of a table written by hand, and the command on the smallest study."""
+
+import math
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mitune.bench.tune import gains, markdown
+from mitune.cli import app
+
+
+def table(**right):
+    """Two seeds × ten prompts × two images; `right` has each variant's number of right prompts, by seed."""
+    rows = []
+    for variant, counts in right.items():
+        for seed, count in enumerate(counts):
+            for prompt in range(10):
+                for image in range(2):
+                    rows.append(
+                        {
+                            "model": "m", "guidance_scale": 1.2, "variant": variant, "tuning_seed": seed,
+                            "prompt": f"prompt {prompt}", "category": "color", "split": "seen", "image": image,
+                            "seed": 2 * seed + image, "exact": prompt < count, "graded": 1.0, "malformed": False,
+                            "drawn": "a scene" if variant == "oracle" else f"scene {image}",
+                            "information": 8.0 if variant == "oracle" else 2.0,
+                        }
+                    )  # fmt: skip
+    return pa.Table.from_pylist(rows)
+
+
+def test_gains_are_paired_and_held_against_the_oracle():
+    base, score, oracle = gains(table(base=(4, 4), score=(6, 8), oracle=(8, 10)))
+    assert (base.over_base.value, base.response, base.distinct) == (0, 1, 1)
+    assert score.exact.value == pytest.approx(0.7)
+    assert score.over_base.value == pytest.approx(0.3)
+    assert score.by_seed == pytest.approx((0.2, 0.4))
+    assert score.of_oracle == pytest.approx(0.6)  # 0.3 of 0.5
+    assert (oracle.response, oracle.distinct) == (2, 0.5)  # ‖Δε‖ doubles where its square is four times as large
+    assert score.over_base.low > 0
+
+
+def test_without_a_clear_gain_of_the_oracle_there_is_no_share_of_it():
+    *_, score, oracle = gains(table(base=(5, 5), score=(6, 6), oracle=(5, 5)))
+    assert math.isnan(score.of_oracle)
+    assert "–" in markdown(table(base=(5, 5), score=(6, 6), oracle=(5, 5)))
+
+
+def test_command_runs_and_goes_on(tmp_path):
+    command = [
+        "bench", "tune", "-m", "shapes-sd", "-s", "self-confidence", "--guidance-scale", "2", "-r", str(tmp_path / "run"),
+        "-o", str(tmp_path / "gains.md"), "--set", "prompts=shapes:train/shape", "--set",
+        "eval_prompts=shapes:heldout/shape", "--set", "pool.candidates=2", "--set", "eval.images=1", "--set",
+        "finetune.iterations=1", "--set", "finetune.batch_size=4", "--set", "model.steps=2",
+    ]  # fmt: skip
+    app(command, standalone_mode=False)
+    rows = pq.read_table(tmp_path / "run" / "images.parquet")
+    assert rows.num_rows == 40 * 2 * 2  # prompts × variants × guidance scales
+    assert set(rows["guidance_scale"].to_pylist()) == {1.2, 2.0}
+    written = (tmp_path / "gains.md").read_text(encoding="utf-8")
+    assert "--guidance-scale 2" in written
+    assert "| shapes-sd, 1.2 | self-confidence |" in written
+    app(command, standalone_mode=False)
+    assert (tmp_path / "gains.md").read_text(encoding="utf-8") == written
