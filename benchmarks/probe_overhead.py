@@ -1,6 +1,8 @@
 """What does scoring cost?  A pipeline call with the probe and its trace against one without.
 
     python benchmarks/probe_overhead.py
+
+Both make the same latents, and no pictures.
 """
 
 from __future__ import annotations
