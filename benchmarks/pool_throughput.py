@@ -30,13 +30,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--candidates", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=32, help="Of the pool, which fills it from several prompts.")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--pairs", type=int, default=5)
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     model = load_model(ModelConfig(name="shapes-sd", steps=arguments.steps))
     prompts = [listed.text for listed in prompt_list("color")[: arguments.prompts]]
-    config = PoolConfig(candidates=arguments.candidates, **SETTINGS)
+    config = PoolConfig(candidates=arguments.candidates, batch_size=arguments.batch, **SETTINGS)
 
     def ours() -> None:
         with tempfile.TemporaryDirectory() as folder:
