@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).parent
-COMMANDS = ("probe_overhead.py", "pool_throughput.py", "training.py", "memory.py", "scaling.py", "full_size.py")
+NAMES = ("probe_overhead", "pool_throughput", "pool_parts", "training", "memory", "scaling", "full_size")
 TINY = "--tiny --candidates 2 --steps 3 --batch 4 --micro-batch 2 --iterations 1"
 HEADER = """# Speed and memory
 
@@ -31,18 +30,18 @@ thread, so that other work on the machine does not count; on a GPU it is wall ti
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=HERE.parent / "docs" / "performance.md")
-    parser.add_argument("--only", nargs="+", choices=COMMANDS, default=COMMANDS, help="Leaves the others out.")
+    parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, help="Leaves the others out.")
     arguments = parser.parse_args(argv)
     sections = [HEADER]
-    for file in arguments.only:
-        options = TINY if file == "full_size.py" and not torch.cuda.is_available() else ""
-        command = ["benchmarks/" + file, *shlex.split(options)]
+    for name in arguments.only:
+        options = TINY if name == "full_size" and not torch.cuda.is_available() else ""
+        command = [f"benchmarks/{name}.py", *options.split()]
         print("python", *command, flush=True)
         printed = subprocess.run(
             [sys.executable, *command], cwd=HERE.parent, check=True, stdout=subprocess.PIPE, text=True
         ).stdout
-        sections.append(f"## {question(HERE / file)}\n\n`python {' '.join(command)}`\n\n{printed}")
-    arguments.output.write_text("\n".join(sections), encoding="utf-8")
+        sections.append(f"## {question(HERE / f'{name}.py')}\n\n`python {' '.join(command)}`\n\n{printed}")
+        arguments.output.write_text("\n".join(sections), encoding="utf-8")
 
 
 def question(file: Path) -> str:

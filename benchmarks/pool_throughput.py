@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--candidates", type=int, default=16)
     parser.add_argument("--batch", type=int, default=32, help="Of the pool, which fills it from several prompts.")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--pairs", type=int, default=3)
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     model = load_model(ModelConfig(name="shapes-sd", steps=arguments.steps))

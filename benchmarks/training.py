@@ -39,7 +39,7 @@ MODEL = ModelConfig(name="shapes-sd")
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rank", type=int, default=FinetuneConfig().rank)
     parser.add_argument("--iterations", type=int, default=10)
     arguments = parser.parse_args(argv)
