@@ -19,6 +19,7 @@ import torch
 HERE = Path(__file__).parent
 NAMES = ("probe_overhead", "pool_throughput", "pool_parts", "training", "memory", "scaling", "full_size")
 TINY = "--tiny --candidates 2 --steps 3 --batch 4 --micro-batch 2 --iterations 1"
+HEADING = "\n## "
 HEADER = """# Speed and memory
 
 Made by `python benchmarks/performance.py`; each part is what the command under its heading has printed. Ratios are the
@@ -30,9 +31,12 @@ thread, so that other work on the machine does not count; on a GPU it is wall ti
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=HERE.parent / "docs" / "performance.md")
-    parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, help="Leaves the others out.")
+    parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, help="The others stay as they are.")
     arguments = parser.parse_args(argv)
-    sections = [HEADER]
+    page: Path = arguments.output
+    _, *found = page.read_text(encoding="utf-8").split(HEADING) if page.exists() else [""]
+    sections = {section.partition("\n")[0]: section.strip() for section in found}
+    questions = {name: question(HERE / f"{name}.py") for name in NAMES}
     for name in arguments.only:
         options = TINY if name == "full_size" and not torch.cuda.is_available() else ""
         command = [f"benchmarks/{name}.py", *options.split()]
@@ -40,8 +44,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         printed = subprocess.run(
             [sys.executable, *command], cwd=HERE.parent, check=True, stdout=subprocess.PIPE, text=True
         ).stdout
-        sections.append(f"## {question(HERE / f'{name}.py')}\n\n`python {' '.join(command)}`\n\n{printed}")
-        arguments.output.write_text("\n".join(sections), encoding="utf-8")
+        sections[questions[name]] = f"{questions[name]}\n\n`python {' '.join(command)}`\n\n{printed.strip()}"
+        ordered = [sections[asked] for asked in questions.values() if asked in sections]
+        page.write_text(HEADER + "".join(f"{HEADING}{section}\n" for section in ordered), encoding="utf-8")
 
 
 def question(file: Path) -> str:
