@@ -29,8 +29,8 @@ BATCH, STEPS = 16, 2
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, nargs="+", default=[2, 32])
-    parser.add_argument("--candidates", type=int, nargs="+", default=[16, 256])
+    parser.add_argument("--prompts", type=int, nargs="+", default=[64, 256])
+    parser.add_argument("--candidates", type=int, nargs="+", default=[4, 64])
     parser.add_argument("--one", type=int, nargs=2, metavar=("PROMPTS", "CANDIDATES"), help="Print the peak of this.")
     arguments = parser.parse_args(argv)
     if arguments.one:

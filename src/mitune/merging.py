@@ -63,11 +63,11 @@ def _forward(layer: Any, x: Tensor) -> Tensor:
 @contextmanager
 def channels_last(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Convolutions keep their weights in the layout that their kernels work in, and so do the activations."""
-    layers = [layer for module in modules for layer in module.modules() if isinstance(layer, nn.Conv2d)]
-    for layer in layers:
-        layer.to(memory_format=torch.channels_last)
+    weights = [layer.weight for module in modules for layer in module.modules() if isinstance(layer, nn.Conv2d)]
+    for weight in weights:
+        weight.data = weight.data.contiguous(memory_format=torch.channels_last)
     try:
         yield
     finally:
-        for layer in layers:
-            layer.to(memory_format=torch.contiguous_format)
+        for weight in weights:
+            weight.data = weight.data.contiguous()
