@@ -11,6 +11,7 @@ from diffusers import (
 )
 from safetensors.torch import save_file
 
+from benchmarks.published import SD21_BASE, SD35_MEDIUM, SDXL_BASE
 from mitune.adapter import adapted_layers, add_adapter, export_fused, save_adapter, trainable
 from mitune.components import Components
 from mitune.config import FinetuneConfig, ModelConfig
@@ -256,41 +257,6 @@ class TestCalls:
         assert model.guidance_scale == 4.0
 
 
-# The published configurations, from the model cards' repositories; what is left out is the class's default.
-SD21_BASE = {
-    "sample_size": 64,
-    "attention_head_dim": [5, 10, 20, 20],
-    "cross_attention_dim": 1024,
-    "use_linear_projection": True,
-}
-SDXL_BASE = {
-    "sample_size": 128,
-    "block_out_channels": [320, 640, 1280],
-    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-    "transformer_layers_per_block": [1, 2, 10],
-    "attention_head_dim": [5, 10, 20],
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
-SD35_MEDIUM = {
-    "sample_size": 128,
-    "patch_size": 2,
-    "in_channels": 16,
-    "out_channels": 16,
-    "num_layers": 24,
-    "attention_head_dim": 64,
-    "num_attention_heads": 24,
-    "joint_attention_dim": 4096,
-    "caption_projection_dim": 1536,
-    "pooled_projection_dim": 2048,
-    "pos_embed_max_size": 384,
-    "dual_attention_layers": list(range(13)),
-    "qk_norm": "rms_norm",
-}
 RANK = 32
 
 

@@ -12,7 +12,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from mitune.components import Components
 from mitune.config import FinetuneConfig, ModelConfig
 from mitune.errors import MituneError
 from mitune.loss import Draw, Peers, denoising_errors, draw, encode, shift_of
+from mitune.merging import channels_last, merged_layers
 from mitune.models import adapter_checksum, call_arguments, device_of
 from mitune.path import path_of
 from mitune.store import claim, room_on, write_bytes
@@ -73,7 +74,8 @@ def finetune(
     if not ((output / CARD_FILE).exists() and (output / WEIGHTS_FILE).exists()):  # the card is written last
         with _accelerator(config, device) as accelerator:
             trainer = _Trainer(components, images, config, accelerator, device, start_from)
-            trainer.run(output / "checkpoint" / "state.safetensors", history, progress)
+            with trainer.fast_layers():
+                trainer.run(output / "checkpoint" / "state.safetensors", history, progress)
             trainer.use_average()
             save_adapter(output, components.pipeline_class, trainer.modules)
     rows = [json.loads(line) for line in history.read_text(encoding="utf-8").splitlines()]
@@ -143,7 +145,12 @@ class _Trainer:
             self._check_text()
         parameters = trainable(self.modules)
         optimizer = torch.optim.AdamW(
-            parameters.values(), lr=config.learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=config.weight_decay
+            parameters.values(),
+            lr=config.learning_rate,
+            betas=(0.9, 0.999),
+            eps=1e-8,
+            weight_decay=config.weight_decay,
+            fused=True,
         )
         self.optimizer = accelerator.prepare_optimizer(optimizer, device_placement=False)
         self.state = TrainingState(
@@ -165,6 +172,16 @@ class _Trainer:
                     f"The prompts give {name} of shape {tuple(tensor.shape[1:])}, but the set holds "
                     f"{tuple(cached[name].shape[1:])}; set model.call as it was when the set was made."
                 )
+
+    @contextmanager
+    def fast_layers(self) -> Iterator[None]:
+        """For the time of training; the modules come out as PEFT and diffusers know them."""
+        modules = list(self.modules.values())
+        with ExitStack() as stack:
+            stack.enter_context(channels_last(modules))
+            if self.config.precision == "no":  # else merged weights would be rounded, and small changes lost
+                stack.enter_context(merged_layers(modules))
+            yield
 
     def run(self, checkpoint: Path, history: Path, progress: Progress | None) -> None:
         """Trains from the last checkpoint, if there is one, to the end."""

@@ -1,0 +1,75 @@
+"""What is the pool worth?  `build_pool` against a plain loop over the bare pipeline that scores in a second pass.
+
+    python benchmarks/pool_throughput.py
+
+The loop does for each prompt what one would write without mitune: one call with num_images_per_prompt = M, then the
+score of the M latents, noised again to each of the sampler's steps (eq. (2) of MI-TUNE), then the picture of the best.
+Both end with the same: the best candidate's picture, latents and score.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from timing import cost_ratio, print_table
+
+from mitune.config import ModelConfig, PoolConfig
+from mitune.models import load_model
+from mitune.pool import build_pool
+from mitune.shapes.prompts import prompt_list
+
+SETTINGS: dict[str, Any] = {}  # of the pool, beside its size
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", type=int, default=4)
+    parser.add_argument("--candidates", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=32, help="Of the pool, which fills it from several prompts.")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--pairs", type=int, default=3)
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    model = load_model(ModelConfig(name="shapes-sd", steps=arguments.steps))
+    prompts = [listed.text for listed in prompt_list("color")[: arguments.prompts]]
+    config = PoolConfig(candidates=arguments.candidates, batch_size=arguments.batch, **SETTINGS)
+
+    def ours() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            build_pool(model, prompts, Path(folder) / "pool", config)
+
+    def loop() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            for index, prompt in enumerate(prompts):
+                best_of(model.pipe, prompt, config.candidates, model.call).save(Path(folder) / f"{index}.png")
+
+    ratio = cost_ratio(loop, ours, arguments.pairs)
+    columns = ["model", "prompts", "candidates", "steps", "pools in the time of the loop", "target"]
+    print_table(columns, [["shapes-sd", len(prompts), config.candidates, arguments.steps, ratio, "≥ 3"]])
+
+
+@torch.no_grad()
+def best_of(pipe: Any, prompt: str, candidates: int, call: dict[str, Any]) -> Any:
+    latents = pipe(prompt, num_images_per_prompt=candidates, output_type="latent", **call).images
+    told = torch.cat([part.expand(candidates, -1, -1) for part in reversed(encode(pipe, prompt))])
+    scores = torch.zeros(candidates, device=latents.device)
+    for timestep in pipe.scheduler.timesteps:
+        noisy = pipe.scheduler.add_noise(latents, torch.randn_like(latents), timestep)
+        null, conditional = pipe.unet(torch.cat([noisy] * 2), timestep, told).sample.chunk(2)
+        scores += (conditional - null).square().flatten(1).sum(dim=1)
+    best = latents[scores.argmax()].unsqueeze(0)
+    decoded = pipe.vae.decode(best / pipe.vae.config.scaling_factor).sample
+    return pipe.image_processor.postprocess(decoded, output_type="pil")[0]
+
+
+def encode(pipe: Any, prompt: str) -> tuple[torch.Tensor, torch.Tensor]:
+    return pipe.encode_prompt(prompt, pipe.device, num_images_per_prompt=1, do_classifier_free_guidance=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""What is the training loop worth?  `finetune` against the loop of diffusers' LoRA example, and against bare passes.
+
+    python benchmarks/training.py
+
+The example is examples/text_to_image/train_text_to_image_lora.py, without what it does to pictures and prompts: both
+train the same adapter on the same cached latents and text embeddings. Each iteration of mitune is followed by one of
+the example's and by one bare pass forward and backward, so that all three meet the same machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from diffusers.optimization import get_scheduler
+from timing import DEVICE, Spread, now, print_table, seconds
+from torch.utils.data import DataLoader
+
+from mitune.adapter import add_adapter, trainable
+from mitune.components import Components
+from mitune.conditioning import unflatten
+from mitune.config import FinetuneConfig, ModelConfig
+from mitune.finetuning import finetune
+from mitune.generate import condition
+from mitune.models import load_model
+from mitune.shapes.prompts import prompt_list
+from mitune.store import write_bytes, write_tensors
+from mitune.training_set import TrainingSet
+
+BURN_IN = 2  # iterations
+MODEL = ModelConfig(name="shapes-sd")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--rank", type=int, default=FinetuneConfig().rank)
+    parser.add_argument("--iterations", type=int, default=10)
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        write_set(Path(folder) / "set", arguments.batch)
+        for kind in ("lora", "dora"):
+            config = FinetuneConfig(
+                adapter=kind,
+                rank=arguments.rank,
+                batch_size=arguments.batch,
+                iterations=BURN_IN + arguments.iterations,
+            )
+            ours, example, adapted, plain = compare(Path(folder), config)
+            columns = (
+                ("samples per second, in those of diffusers' example", example, ours, "≥ 1.3"),
+                ("cost, in bare passes with PEFT's adapter", ours, adapted, "≤ 1.1"),
+                ("cost, in bare passes without adapter, all weights trained", ours, plain, "≤ 1.1"),
+            )
+            for what, one, other, target in columns:
+                rows.append([kind, what, Spread.of([a / b for a, b in zip(one, other, strict=True)]), target])
+    print_table(["adapter", "", "median (lowest to highest)", "target"], rows)
+
+
+def write_set(folder: Path, images: int) -> None:
+    """A fine-tuning set of noise: time does not ask what the latents show."""
+    prompts = [listed.text for listed in prompt_list("color")]
+    prompts = [prompts[i % len(prompts)] for i in range(images)]
+    folder.mkdir()
+    write_tensors(folder / "latents.safetensors", {"latents": torch.randn(images, 8, 8, 8)})
+    write_tensors(folder / "conditioning.safetensors", condition(load_model(MODEL), prompts))
+    write_bytes(folder / "metadata.jsonl", "".join(f'{{"prompt": "{prompt}"}}\n' for prompt in prompts).encode())
+
+
+def compare(folder: Path, config: FinetuneConfig) -> tuple[list[float], ...]:
+    """Seconds an iteration of: finetune, the example, a bare pass with adapter, one without."""
+    images = TrainingSet.read(folder / "set")
+    others = [example_loop(images, config), passes(images, config, adapted=True), passes(images, config, adapted=False)]
+    times: list[list[float]] = [[] for _ in range(1 + len(others))]
+    last = now()
+
+    def follow(*_: object) -> None:
+        nonlocal last
+        times[0].append(now() - last)
+        for measured, iterations in zip(times[1:], others, strict=True):
+            measured.append(seconds(lambda iterations=iterations: next(iterations)))
+        last = now()
+
+    finetune(MODEL, folder / "set", folder / config.adapter, config, progress=follow)
+    return tuple(measured[BURN_IN:] for measured in times)
+
+
+def example_loop(images: TrainingSet, config: FinetuneConfig) -> Iterator[None]:
+    """The body of the example's loop over batches, as it is written there."""
+    components = Components.of(MODEL)
+    accelerator = Accelerator(mixed_precision=config.precision, cpu=DEVICE.type == "cpu")
+    noise_scheduler, unet = components.scheduler(), components.denoiser().to(DEVICE)
+    add_adapter(unet, config)
+    layers = list(trainable({"unet": unet}).values())
+    optimizer = torch.optim.AdamW(
+        layers, lr=config.learning_rate, betas=(0.9, 0.999), weight_decay=config.weight_decay, eps=1e-8
+    )
+    rows = [
+        {"latents": latents, "encoder_hidden_states": told}
+        for latents, told in zip(images.latents, images.conditioning["encoder_hidden_states"], strict=True)
+    ]
+    loader = DataLoader(rows, shuffle=True, batch_size=config.batch_size)
+    schedule = get_scheduler("constant", optimizer=optimizer)
+    unet, optimizer, loader, schedule = accelerator.prepare(unet, optimizer, loader, schedule)
+    unet.train()
+    train_loss = 0.0
+    while True:
+        for batch in loader:
+            with accelerator.accumulate(unet):
+                latents = batch["latents"]
+                noise = torch.randn_like(latents)
+                steps = noise_scheduler.config.num_train_timesteps
+                timesteps = torch.randint(0, steps, (len(latents),), device=latents.device).long()
+                noisy = noise_scheduler.add_noise(latents, noise, timesteps)
+                predicted = unet(noisy, timesteps, batch["encoder_hidden_states"], return_dict=False)[0]
+                loss = F.mse_loss(predicted.float(), noise.float(), reduction="mean")
+                train_loss += accelerator.gather(loss.repeat(config.batch_size)).mean().item()
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(layers, config.clip)
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+            _ = {"step_loss": loss.detach().item(), "lr": schedule.get_last_lr()[0]}  # for the progress bar
+            yield
+
+
+def passes(images: TrainingSet, config: FinetuneConfig, *, adapted: bool) -> Iterator[None]:
+    """Forward and backward through the denoiser on one batch, nothing else."""
+    unet: Any = Components.of(MODEL).denoiser().to(DEVICE)
+    if adapted:
+        add_adapter(unet, config)
+    latents = images.latents.to(DEVICE)
+    told = unflatten({name: tensor.to(DEVICE) for name, tensor in images.conditioning.items()})
+    timesteps = torch.full((len(latents),), 500.0, device=DEVICE)
+    while True:
+        F.mse_loss(unet(latents, timestep=timesteps, **told, return_dict=False)[0], latents).backward()
+        unet.zero_grad()
+        yield
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,35 @@
+"""Every benchmark runs, at sizes at which its figures say nothing, and prints its tables."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent.parent / "benchmarks"
+SMALLEST = {
+    "probe_overhead": "--batch 1 --steps 2 --pairs 1",
+    "pool_throughput": "--prompts 1 --candidates 2 --batch 2 --steps 2 --pairs 1",
+    "pool_parts": "--prompts 1 --candidates 2",
+    "training": "--batch 2 --rank 2 --iterations 1",
+    "memory": "--prompts 1 --candidates 2 --one 1 2",
+    "scaling": "--repeats 1 --points 2",
+    "full_size": "--tiny --candidates 2 --steps 3 --batch 2 --micro-batch 1 --iterations 1",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SMALLEST)
+def test_runs(name, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(HERE)
+    importlib.import_module(name).main(SMALLEST[name].split())
+    printed = capsys.readouterr().out
+    assert int(printed) > 2**20 if name == "memory" else "| --- |" in printed
+    assert "nan" not in printed
+
+
+def test_every_benchmark_asks_a_question(monkeypatch):
+    monkeypatch.syspath_prepend(HERE)
+    performance = importlib.import_module("performance")
+    assert set(performance.NAMES) == set(SMALLEST)
+    for name in performance.NAMES:
+        assert performance.question(HERE / f"{name}.py").endswith("?")
