@@ -1,7 +1,8 @@
 """Images from a pipeline in batches of constant shape, each with a seed of its own, watched by the probe.
 
-The batch shape never changes (the last batch is filled up with repeats), so on a CPU the latents of an image are, bit
-for bit, a function of its prompt and its seed alone: not of its neighbors or of the order.
+The shape in which the denoiser is called never changes (a batch is filled up with repeats), and each text is encoded
+alone. So on a CPU the latents of an image are, bit for bit, a function of its prompt and its seed: not of its
+neighbors, of the order, or of a race in which others are dropped.
 """
 
 from __future__ import annotations
@@ -11,17 +12,22 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from mitune.batches import constant_batches, texts_encoded_once
 from mitune.conditioning import stack
-from mitune.information import Trace
+from mitune.information import SCORES, Trace
 from mitune.models import Model, guidance_name, prompted
 from mitune.probe import MIProbe
+from mitune.racing import Race
 
 log = logging.getLogger(__name__)
+LARGEST_BATCH = 64  # to begin with on a GPU; more than that makes none faster
+CPU_BATCH = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +46,8 @@ class Batch:
     trace: Trace
     conditioning: dict[str, Tensor]  # (B, ...) each: what the denoiser was told of the prompts
     null_conditioning: dict[str, Tensor]
+    dropped: list[int]  # (B) the step after which a race dropped it, its latents and terms being NaN; 0 where it stayed
+    batch_size: int  # of the denoiser's calls
 
 
 def candidate_seed(seed: int, prompt: str, candidate: int) -> int:
@@ -60,33 +68,65 @@ def quiet_pipelines() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def generate(model: Model, requests: Sequence[Request], batch_size: int) -> Batch:
-    """Runs the pipeline once, with the probe, for at most `batch_size` requests."""
-    filled = [requests[i % len(requests)] for i in range(batch_size)]
-    with MIProbe(model.pipe, guidance_scale=model.guidance_scale) as probe, quiet_pipelines():
+def generate(model: Model, requests: Sequence[Request], batch_size: int, race: Race | None = None) -> Batch:
+    """Runs the pipeline once, with the probe, and its denoiser in batches of `batch_size`.
+
+    With a race, the requests are all candidates of one prompt, then all of another, and so on.
+    """
+    dropped: dict[int, int] = {}
+    on_step = partial(_drop, race, dropped) if race else None
+    with (
+        texts_encoded_once(model.pipe),
+        constant_batches(model.pipe, batch_size),
+        MIProbe(model.pipe, guidance_scale=model.guidance_scale, on_step=on_step) as probe,
+        quiet_pipelines(),
+    ):
         latents = model.pipe(
-            generator=[torch.Generator().manual_seed(request.seed) for request in filled],
+            generator=[torch.Generator().manual_seed(request.seed) for request in requests],
             output_type="latent",
-            **prompted(model.pipe, [request.prompt for request in filled], model.call),
+            **prompted(model.pipe, [request.prompt for request in requests], model.call),
         )[0]
-    kept = len(requests)
+    stayed = probe.candidates
+    texts = {requests[place].prompt: row for row, place in enumerate(stayed)}
+    rows = torch.tensor([texts[request.prompt] for request in requests])
+    finished = latents.float().cpu()
+    finished[list(dropped)] = torch.nan
     return Batch(
-        latents=latents[:kept].float().cpu(),
-        trace=probe.trace(latents).select(range(kept)),
-        conditioning={name: tensor[:kept].cpu() for name, tensor in probe.conditioning.items()},
-        null_conditioning={name: tensor[:kept].cpu() for name, tensor in probe.null_conditioning.items()},
+        latents=finished,
+        trace=probe.trace(latents).spread(stayed, len(requests)),
+        conditioning={name: tensor.cpu()[rows] for name, tensor in probe.conditioning.items()},
+        null_conditioning={name: tensor.cpu()[rows] for name, tensor in probe.null_conditioning.items()},
+        dropped=[dropped.get(place, 0) for place in range(len(requests))],
+        batch_size=batch_size,
     )
 
 
+def _drop(race: Race, dropped: dict[int, int], probe: MIProbe) -> None:
+    """After each step: at a rung, drops those that do not stay, and notes the step by their places."""
+    stay = race.stay(probe.steps, probe.planned_steps)
+    if stay is None:
+        return
+    trace, places = probe.trace_so_far(), probe.candidates
+    kept = race.survivors(places, {name: SCORES[name](trace).tolist() for name in race.scores}, stay)
+    probe.keep(kept)
+    dropped |= dict.fromkeys(set(places) - set(probe.candidates), probe.steps)
+
+
+def first_batch_size(wanted: int | None, device: torch.device) -> int:
+    """The batch size to begin with: what is wanted, or one that out of memory may halve."""
+    return wanted or (LARGEST_BATCH if device.type == "cuda" else CPU_BATCH)
+
+
 def generate_all(
-    model: Model, requests: Sequence[Request], batch_size: int
+    model: Model, requests: Sequence[Request], batch_size: int, race: Race | None = None
 ) -> Iterator[tuple[Sequence[Request], Batch]]:
     """Runs of requests with what came of them, in order. Out of memory halves the batch from there on."""
     start = 0
     while start < len(requests):
-        chunk = requests[start : start + batch_size]
+        together = race.candidates * race.prompts_together(model.steps, batch_size) if race else batch_size
+        chunk = requests[start : start + together]
         try:
-            batch = generate(model, chunk, batch_size)
+            batch = generate(model, chunk, batch_size, race)
         except torch.OutOfMemoryError:
             if batch_size == 1:
                 raise
@@ -97,41 +137,3 @@ def generate_all(
         start += len(chunk)
 
 
-@torch.no_grad()
-def condition(model: Model, prompts: Sequence[str], batch_size: int = 64) -> dict[str, Tensor]:
-    """What the pipeline tells its denoiser of each prompt, (N, ...) each: from a run of two steps."""
-    rows: list[dict[str, Tensor]] = []
-    call = model.call | {"num_inference_steps": 2, "output_type": "latent"}
-    for start in range(0, len(prompts), batch_size):
-        some = list(prompts[start : start + batch_size])
-        with MIProbe(model.pipe) as probe, quiet_pipelines():
-            model.pipe(generator=torch.Generator().manual_seed(0), **prompted(model.pipe, some, call))
-        told = probe.conditioning
-        rows += [{name: tensor[row] for name, tensor in told.items()} for row in range(len(some))]
-    return stack(rows)
-
-
-@torch.no_grad()
-def decode(model: Model, latents: Tensor, batch_size: int = 64) -> list[Image.Image]:
-    """Pictures of latents (N, C, H, W), or packed, that are in the denoiser's space."""
-    if latents.ndim != 4:
-        return [image for chunk in torch.split(latents, batch_size) for image in _decode_through_pipeline(model, chunk)]
-    vae, images = model.pipe.vae, []
-    shift = getattr(vae.config, "shift_factor", None) or 0.0
-    for start in range(0, len(latents), batch_size):
-        chunk = latents[start : start + batch_size]
-        scaled = chunk.to(model.pipe._execution_device, vae.dtype) / vae.config.scaling_factor + shift
-        decoded = vae.decode(scaled, return_dict=False)[0]
-        images += model.pipe.image_processor.postprocess(decoded, output_type="pil")
-    return images
-
-
-def _decode_through_pipeline(model: Model, latents: Tensor) -> list[Image.Image]:
-    """Pictures of packed latents: the pipeline, which alone knows how to unpack them, gets them at its last step."""
-    call = {**model.call, "num_inference_steps": 1, guidance_name(type(model.pipe)): 1.0}
-    given = latents.to(model.pipe._execution_device, model.pipe.vae.dtype)
-    with quiet_pipelines():
-        images: list[Image.Image] = model.pipe(
-            callback_on_step_end=lambda *_: {"latents": given}, **prompted(model.pipe, [""] * len(latents), call)
-        )[0]
-    return images
