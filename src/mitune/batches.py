@@ -126,7 +126,7 @@ def _bytes_of(values: list[Any]) -> bytes:
 
 
 def _joined(parts: list[Any]) -> Any:
-    """One output with the rows of all of them. A language model's cache, which no pipeline reads, is the first one's."""
+    """One output with the rows of all; a language model's cache, which no pipeline reads, stays the first one's."""
     first = parts[0]
     if isinstance(first, Tensor):
         return torch.cat(parts)

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from PIL import Image
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from mitune.batches import constant_batches, texts_encoded_once
 from mitune.conditioning import stack
-from mitune.information import SCORES, Trace
+from mitune.information import Trace
 from mitune.models import Model, guidance_name, prompted
 from mitune.probe import MIProbe
 from mitune.racing import Race
@@ -40,7 +39,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """What one call of the pipeline gave for its first B requests."""
+    """What one call of the pipeline gave for its B requests."""
 
     latents: Tensor  # (B, C, H, W), in the denoiser's space, on the CPU
     trace: Trace
@@ -68,13 +67,16 @@ def quiet_pipelines() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def generate(model: Model, requests: Sequence[Request], batch_size: int, race: Race | None = None) -> Batch:
+def generate(
+    model: Model,
+    requests: Sequence[Request],
+    batch_size: int,
+    on_step: Callable[[MIProbe], None] | None = None,
+) -> Batch:
     """Runs the pipeline once, with the probe, and its denoiser in batches of `batch_size`.
 
-    With a race, the requests are all candidates of one prompt, then all of another, and so on.
+    on_step is called with the probe after each step, and may have it keep some candidates only.
     """
-    dropped: dict[int, int] = {}
-    on_step = partial(_drop, race, dropped) if race else None
     with (
         texts_encoded_once(model.pipe),
         constant_batches(model.pipe, batch_size),
@@ -86,7 +88,7 @@ def generate(model: Model, requests: Sequence[Request], batch_size: int, race: R
             output_type="latent",
             **prompted(model.pipe, [request.prompt for request in requests], model.call),
         )[0]
-    stayed = probe.candidates
+    stayed, dropped = probe.candidates, probe.dropped
     texts = {requests[place].prompt: row for row, place in enumerate(stayed)}
     rows = torch.tensor([texts[request.prompt] for request in requests])
     finished = latents.float().cpu()
@@ -101,32 +103,24 @@ def generate(model: Model, requests: Sequence[Request], batch_size: int, race: R
     )
 
 
-def _drop(race: Race, dropped: dict[int, int], probe: MIProbe) -> None:
-    """After each step: at a rung, drops those that do not stay, and notes the step by their places."""
-    stay = race.stay(probe.steps, probe.planned_steps)
-    if stay is None:
-        return
-    trace, places = probe.trace_so_far(), probe.candidates
-    kept = race.survivors(places, {name: SCORES[name](trace).tolist() for name in race.scores}, stay)
-    probe.keep(kept)
-    dropped |= dict.fromkeys(set(places) - set(probe.candidates), probe.steps)
-
-
-def first_batch_size(wanted: int | None, device: torch.device) -> int:
-    """The batch size to begin with: what is wanted, or one that out of memory may halve."""
-    return wanted or (LARGEST_BATCH if device.type == "cuda" else CPU_BATCH)
+def default_batch_size(device: torch.device) -> int:
+    """The batch size to begin with where the settings name none; out of memory halves it."""
+    return LARGEST_BATCH if device.type == "cuda" else CPU_BATCH
 
 
 def generate_all(
     model: Model, requests: Sequence[Request], batch_size: int, race: Race | None = None
 ) -> Iterator[tuple[Sequence[Request], Batch]]:
-    """Runs of requests with what came of them, in order. Out of memory halves the batch from there on."""
+    """Runs of requests with what came of them, in order. Out of memory halves the batch from there on.
+
+    With a race, the requests are all candidates of one prompt, then all of another, and so on.
+    """
     start = 0
     while start < len(requests):
         together = race.candidates * race.prompts_together(model.steps, batch_size) if race else batch_size
         chunk = requests[start : start + together]
         try:
-            batch = generate(model, chunk, batch_size, race)
+            batch = generate(model, chunk, batch_size, race.drop if race else None)
         except torch.OutOfMemoryError:
             if batch_size == 1:
                 raise
@@ -137,3 +131,41 @@ def generate_all(
         start += len(chunk)
 
 
+@torch.no_grad()
+def condition(model: Model, prompts: Sequence[str], batch_size: int = 64) -> dict[str, Tensor]:
+    """What the pipeline tells its denoiser of each prompt, (N, ...) each: from a run of two steps."""
+    rows: list[dict[str, Tensor]] = []
+    call = model.call | {"num_inference_steps": 2, "output_type": "latent"}
+    for start in range(0, len(prompts), batch_size):
+        some = list(prompts[start : start + batch_size])
+        with MIProbe(model.pipe) as probe, quiet_pipelines():
+            model.pipe(generator=torch.Generator().manual_seed(0), **prompted(model.pipe, some, call))
+        told = probe.conditioning
+        rows += [{name: tensor[row] for name, tensor in told.items()} for row in range(len(some))]
+    return stack(rows)
+
+
+@torch.no_grad()
+def decode(model: Model, latents: Tensor, batch_size: int = 64) -> list[Image.Image]:
+    """Pictures of latents (N, C, H, W), or packed, that are in the denoiser's space."""
+    if latents.ndim != 4:
+        return [image for chunk in torch.split(latents, batch_size) for image in _decode_through_pipeline(model, chunk)]
+    vae, images = model.pipe.vae, []
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
+    for start in range(0, len(latents), batch_size):
+        chunk = latents[start : start + batch_size]
+        scaled = chunk.to(model.pipe._execution_device, vae.dtype) / vae.config.scaling_factor + shift
+        decoded = vae.decode(scaled, return_dict=False)[0]
+        images += model.pipe.image_processor.postprocess(decoded, output_type="pil")
+    return images
+
+
+def _decode_through_pipeline(model: Model, latents: Tensor) -> list[Image.Image]:
+    """Pictures of packed latents: the pipeline, which alone knows how to unpack them, gets them at its last step."""
+    call = {**model.call, "num_inference_steps": 1, guidance_name(type(model.pipe)): 1.0}
+    given = latents.to(model.pipe._execution_device, model.pipe.vae.dtype)
+    with quiet_pipelines():
+        images: list[Image.Image] = model.pipe(
+            callback_on_step_end=lambda *_: {"latents": given}, **prompted(model.pipe, [""] * len(latents), call)
+        )[0]
+    return images

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
@@ -66,6 +66,7 @@ class _Run:
     total: int = 0  # of so many candidates
     conditioning: tuple[dict[str, Any], ...] = ()  # of the first step: one for both halves, or conditional and null
     candidates: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))  # left of the first step's
+    dropped: dict[int, int] = field(default_factory=dict)  # the others, and after which step they were
     steps: list[_Step] = field(default_factory=list)
     pending: _Call | None = None  # the conditional call of a step whose unconditional one is yet to come
     finished: bool = False
@@ -154,15 +155,21 @@ class MIProbe:
         become meaningless, or a callback may hand it the kept ones alone. A `trace` taken before keeps what is known
         of those dropped.
         """
-        index = torch.tensor(candidates, dtype=torch.long)
+        index, before = torch.tensor(candidates, dtype=torch.long), self.candidates
         self._run.steps = [step.select(index) for step in self._run.steps]
         self._run.candidates = self._run.candidates[index]
+        self._run.dropped |= dict.fromkeys(set(before) - set(self.candidates), self.steps)
 
     @property
     def candidates(self) -> list[int]:
         """The places, in the first step's batch, of the candidates that are left."""
         places: list[int] = self._run.candidates.tolist()
         return places
+
+    @property
+    def dropped(self) -> dict[int, int]:
+        """The places of the others, with the number of steps that each has got."""
+        return self._run.dropped
 
     def trace(self, latents: Tensor | None = None) -> Trace:
         """The terms of all steps so far, (B, T).

@@ -11,32 +11,20 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from mitune.config import Rungs
 from mitune.errors import MituneError
 from mitune.information import SCORES
+from mitune.probe import MIProbe
 from mitune.selection import Rule, select
 
-HALVING = ((0.25, 0.5), (0.5, 0.25))
 GROUP = 8  # denoiser batches that the candidates of one call of the pipeline may fill
-
-Rungs = tuple[tuple[float, float], ...]
-
-
-def check_rungs(rungs: Sequence[Sequence[float]]) -> None:
-    """Raises MituneError unless the rungs are shares (after, stays), the first rising and the second falling."""
-    ends = [(0.0, 1.0), *rungs]
-    pairs = all(len(rung) == 2 for rung in ends)
-    if not pairs or not all(a < c < 1 and b > d > 0 for (a, b), (c, d) in zip(ends, ends[1:], strict=False)):
-        raise MituneError(
-            f"pool.race = {[list(rung) for rung in rungs]} must be a list of [share of the steps, share of the "
-            "candidates that stay], the first rising and the second falling, e.g. [[0.25, 0.5], [0.5, 0.25]]."
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Race:
     """A schedule, and what decides who stays."""
 
-    rungs: Rungs
+    rungs: Rungs  # as in PoolConfig.race
     scores: tuple[str, ...]  # on-line ones; each keeps its own best
     candidates: int  # M
     keep: int  # k
@@ -45,6 +33,14 @@ class Race:
         """How many of a prompt's candidates stay by each score after `step` of `steps`; None where there is no rung."""
         shares = [share for after, share in self.rungs if math.ceil(after * steps) == step < steps]
         return max(self.keep, math.ceil(min(shares) * self.candidates)) if shares else None
+
+    def drop(self, probe: MIProbe) -> None:
+        """Has the probe keep those that stay, if the step that it has just seen is a rung."""
+        stay = self.stay(probe.steps, probe.planned_steps)
+        if stay is not None:
+            trace = probe.trace_so_far()
+            scores = {name: SCORES[name](trace).tolist() for name in self.scores}
+            probe.keep(self.survivors(probe.candidates, scores, stay))
 
     def survivors(self, places: Sequence[int], scores: Mapping[str, Sequence[float]], stay: int) -> list[int]:
         """Which of the candidates at `places`, M a prompt in turn, are among a prompt's `stay` best by some score.
