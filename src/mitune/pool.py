@@ -1,9 +1,8 @@
 """Makes M candidates for every prompt, scores them while they are made, and keeps the best (Algorithm 1 of MI-TUNE).
 
-With a race, most of them are dropped half-way (`racing.py`).
-
-Everything about a prompt is one record: its candidates' seeds, scores and per-step terms, and the latents and text
-embeddings of those that some selection keeps. A killed run goes on with the prompts that have no record yet.
+With a race, most of them are dropped half-way (`racing.py`). Everything about a prompt is one record: its candidates'
+seeds, scores and per-step terms, and the latents and text embeddings of those that some selection keeps. A killed run
+goes on with the prompts that have no record yet.
 """
 
 from __future__ import annotations
