@@ -1,5 +1,6 @@
 """Racing: those that stay come out as without a race, and the schedule's arithmetic is what it says."""
 
+import functools
 import json
 from dataclasses import replace
 
@@ -45,7 +46,7 @@ def requests(candidates=8, prompts=PROMPTS):
 
 
 def race(**changes):
-    settings = {"rungs": HALVING, "scores": ("mi-tune",), "candidates": 8, "keep": 1}
+    settings = {"rungs": HALVING, "scores": ("rfmi",), "candidates": 8, "keep": 1}
     return Race(**settings | changes)
 
 
@@ -117,9 +118,9 @@ class TestLatents:
 
     def test_the_replay_is_the_race(self, model):
         so_far = []
-        batch = generate(model, requests(), 4, lambda probe: so_far.append(SCORES["mi-tune"](probe.trace_so_far())))
+        batch = generate(model, requests(), 4, lambda probe: so_far.append(SCORES["rfmi"](probe.trace_so_far())))
         raced = generate(model, requests(), 4, race().drop)
-        scores = np.stack(so_far[:-1] + [SCORES["mi-tune"](batch.trace)], axis=1)
+        scores = np.stack(so_far[:-1] + [SCORES["rfmi"](batch.trace)], axis=1)
         for prompt in range(3):
             left, calls = replay(scores[8 * prompt : 8 * prompt + 8], HALVING)
             assert left == [j for j in range(8) if not raced.dropped[8 * prompt + j]]
@@ -134,16 +135,15 @@ class TestPartWay:
         assert [trace.difference.shape[1] for trace in traces] == list(range(1, STEPS + 1))
         assert torch.equal(traces[-1].difference, batch.trace.difference)
         last = traces[-1]
-        assert (last.error_conditional[:, -1] < 1e-4 * last.error_null[:, -1].clamp(min=1e-3)).all()
+        assert (last.error_conditional[:, -1] < 1e-5 + 1e-3 * last.error_null[:, -1]).all()
         assert last.error_conditional[:, 1].isfinite().all()
 
 
 class TestBatches:
     def test_the_denoiser_sees_one_shape(self, model):
-        shapes = set()
-        hook = denoiser_of(model.pipe).register_forward_pre_hook(lambda *_: None)
-        forward = denoiser_of(model.pipe).forward
+        shapes, forward = set(), denoiser_of(model.pipe).forward
 
+        @functools.wraps(forward)
         def noted(*args, **kwargs):
             shapes.add((args[0] if args else kwargs.get("hidden_states")).shape)
             return forward(*args, **kwargs)
@@ -153,7 +153,6 @@ class TestBatches:
             generate(model, requests(), 4, race().drop)
         finally:
             del denoiser_of(model.pipe).forward
-            hook.remove()
         assert len(shapes) == 1
 
     @pytest.mark.parametrize("name", [name for name, case in CASES.items() if "prompt" not in case.call])
@@ -162,12 +161,13 @@ class TestBatches:
         torch.manual_seed(0)
         case = CASES[name]
         pipe = case.make()
+        guidance = {case.guidance: 3.0} | ({"negative_prompt": [" "] * 3} if "true" in case.guidance else {})
 
         def latents():
             return pipe(
                 prompt=[TEXTS[0]] * 3, num_inference_steps=3, output_type="latent",
                 generator=[torch.Generator().manual_seed(j) for j in range(3)],
-                **{case.guidance: 3.0} | ({"negative_prompt": [" "] * 3} if "true" in case.guidance else {}) | case.call,
+                **guidance | case.call,
             )[0]  # fmt: skip
 
         expected = latents()
@@ -178,7 +178,6 @@ class TestBatches:
 
     def test_each_text_is_encoded_once(self):
         pipe, rows = tiny_sd(), []
-        pipe.text_encoder.register_forward_pre_hook(lambda *_: None)
         forward = pipe.text_encoder.forward
 
         def noted(ids, *args, **kwargs):
@@ -225,7 +224,7 @@ class TestPool:
         class Killed(Exception):
             pass
 
-        def kill(done, _total):
+        def kill(_done, _total):
             raise Killed
 
         prompts = [*PROMPTS, "a ball", "two balls", "red", "blue"]  # more than one call of the pipeline holds
