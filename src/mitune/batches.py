@@ -82,7 +82,7 @@ def constant_batches(pipe: Any, size: int) -> Iterator[None]:
             filled = own[torch.arange(size) % len(own)]
             part = Rows(torch.cat([filled + i * candidates for i in range(passes)]), rows)
             given = {k: v if k in family.shared else part.of(v) for k, v in bound.arguments.items()}
-            call = inspect.BoundArguments(signature, given)  # type: ignore[arg-type]
+            call = inspect.BoundArguments(signature, given)
             output = forward(*call.args, **call.kwargs)
             for i, whole in enumerate(made):
                 whole.append(prediction(output)[i * size : i * size + len(own)])
@@ -102,7 +102,8 @@ def texts_encoded_once(pipe: Any) -> Iterator[None]:
         if tokens is None:
             return forward(*args, **kwargs)  # a language model that writes on is called with embeddings
         found: dict[bytes, int] = {}
-        outputs, places = [], []
+        outputs: list[Any] = []
+        places: list[int] = []
         for row in range(len(tokens)):
             own = Rows(torch.tensor([row]), len(tokens))
             given = [own.of(value) for value in args], own.of(kwargs)
