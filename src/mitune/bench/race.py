@@ -6,6 +6,7 @@ by any score is replayed as `mitune.racing` would have run it, since those that 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -73,7 +74,7 @@ denoiser needs is that of one batch. For scoring, three tensors of the latents' 
 Each prompt's candidates ran to the end, and the schedules were replayed on them. *Calls saved*: times fewer denoiser
 calls. *Same pick*: prompts whose best candidate (k = 1) is the one without a race. *Score regret*: what the pick lacks,
 as a share of best − mean. *Points lost*: exact share without − with a race, paired. *Share of the gain lost*: that over
-(best by the score − a random choice); no interval where the gain may be nothing. Intervals: 95 %, prompts resampled.
+(best by the score − a random choice); "no gain" where that is not clearly above 0. Intervals: 95 %, prompts resampled.
 
 {tables}"""
 
@@ -190,16 +191,16 @@ def outcome_of(runs: Sequence[Run], model: str, score: str, schedule: str) -> Ou
 
 
 def _quotient(above: Array, below: Array) -> Interval:
-    """Ratio of the means over prompts, (prompts,) each, with its percentile interval; nan ends where below may be 0.
+    """Ratio of the means over prompts, (prompts,) each, with its percentile interval; nan where below may be 0.
 
     Unlike those of `bootstrap_ratio`, a prompt's own terms may have either sign: only the mean must be positive.
     """
     drawn = np.random.default_rng(0).integers(len(above), size=(RESAMPLES, len(above)))
     bottoms = below[drawn].mean(axis=1)
-    low, high = np.nan, np.nan
-    if (bottoms > 0).mean() > 0.975:
-        low, high = np.quantile(above[drawn].mean(axis=1)[bottoms > 0] / bottoms[bottoms > 0], (0.025, 0.975))
-    return Interval(float(above.mean() / below.mean()), float(low), float(high), len(above))
+    if (bottoms <= 0).mean() > 0.025:
+        return Interval(math.nan, math.nan, math.nan, len(above))
+    low, high = np.quantile(above[drawn].mean(axis=1)[bottoms > 0] / bottoms[bottoms > 0], (0.025, 0.975)).tolist()
+    return Interval(float(above.mean() / below.mean()), low, high, len(above))
 
 
 def page(tables: str, command: str) -> str:
@@ -234,5 +235,7 @@ def markdown(outcomes: Sequence[Outcome], candidates: int, steps: int) -> str:
 
 
 def _percent(interval: Interval) -> str:
+    if math.isnan(interval.value):
+        return "no gain"
     value, low, high = (f"{100 * x:.1f}".replace("-", "−") for x in (interval.value, interval.low, interval.high))
-    return f"{value} %" if low == "nan" else f"{value} % [{low}, {high}]"
+    return f"{value} % [{low}, {high}]"
