@@ -48,8 +48,8 @@ def test_without_a_clear_gain_of_the_oracle_there_is_no_share_of_it():
 
 def test_command_runs_and_goes_on(tmp_path):
     command = [
-        "bench", "tune", "-m", "shapes-sd", "-s", "self-confidence", "--guidance-scale", "2", "-r", str(tmp_path / "run"),
-        "-o", str(tmp_path / "gains.md"), "--set", "prompts=shapes:train/shape", "--set",
+        "bench", "tune", "-m", "shapes-sd", "-s", "self-confidence", "--guidance-scale", "1.2", "-r",
+        str(tmp_path / "run"), "-o", str(tmp_path / "gains.md"), "--set", "prompts=shapes:train/shape", "--set",
         "eval_prompts=shapes:heldout/shape", "--set", "pool.candidates=2", "--set", "eval.images=1", "--set",
         "finetune.iterations=1", "--set", "finetune.batch_size=4", "--set", "model.steps=2",
     ]  # fmt: skip
@@ -58,7 +58,7 @@ def test_command_runs_and_goes_on(tmp_path):
     assert rows.num_rows == 40 * 2 * 2  # prompts × variants × guidance scales
     assert set(rows["guidance_scale"].to_pylist()) == {1.2, 2.0}
     written = (tmp_path / "gains.md").read_text(encoding="utf-8")
-    assert "--guidance-scale 2" in written
-    assert "| shapes-sd, 1.2 | self-confidence |" in written
+    assert "--guidance-scale 1.2" in written
+    assert "| shapes-sd, 2 | self-confidence |" in written
     app(command, standalone_mode=False)
     assert (tmp_path / "gains.md").read_text(encoding="utf-8") == written

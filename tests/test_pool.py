@@ -129,8 +129,8 @@ def test_a_set_is_an_imagefolder_with_its_latents(model, tmp_path):
 
 
 def test_nan_costs_one_candidate(model, tmp_path, monkeypatch, caplog):
-    def spoiled(model, chunk, batch_size):
-        batch = generate(model, chunk, batch_size)
+    def spoiled(model, chunk, batch_size, on_step):
+        batch = generate(model, chunk, batch_size, on_step)
         if chunk[0].prompt == PROMPTS[0]:
             batch.latents[0] = torch.nan
         return batch
@@ -138,16 +138,16 @@ def test_nan_costs_one_candidate(model, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("mitune.generate.generate", spoiled)
     result = build_pool(model, PROMPTS, tmp_path / "pool", CONFIG)
     columns = pq.read_table(result.table).to_pydict()
-    assert result.dropped == columns["status"].count("nan") == 1
+    assert result.broken == columns["status"].count("nan") == 1
     assert not columns["kept.self-confidence"][0] and not columns["kept.random"][0]
     assert "left out" in caplog.text
 
 
 def test_out_of_memory_costs_a_smaller_batch(model, monkeypatch, caplog):
-    def scarce(model, chunk, batch_size):
+    def scarce(model, chunk, batch_size, on_step):
         if batch_size > 2:
             raise torch.OutOfMemoryError
-        return generate(model, chunk, batch_size)
+        return generate(model, chunk, batch_size, on_step)
 
     monkeypatch.setattr("mitune.generate.generate", scarce)
     assert len(latents_by_seed(model, requests(), 4)) == 6

@@ -24,7 +24,7 @@ from rich.progress import (
 )
 from typer import Argument, Option
 
-from mitune.config import Config
+from mitune.config import HALVING, Config
 from mitune.errors import MituneError
 from mitune.settings import PRESETS, resolve
 
@@ -60,6 +60,10 @@ Selection = Annotated[
     list[str] | None,
     Option("--select", "-s", help="Score or control that picks, e.g. self-confidence, mi-tune, random. Repeatable."),
 ]
+Race = Annotated[
+    bool | None,
+    Option("--race/--no-race", help="Drop half-way what cannot win by its score so far; other rungs: pool.race."),
+]
 Seed = Annotated[int | None, Option(help="Seed of the candidates.")]
 Device = Annotated[str | None, Option(help="cpu, cuda, cuda:1, mps; the GPU if there is one.")]
 RunFolder = Annotated[Path, Option("--run", "-r", help="Run folder; the same command goes on where it stopped.")]
@@ -73,6 +77,11 @@ def _settings(preset: str | None, file: Path | None, assignments: list[str] | No
             section, _, name = key.rpartition(".")
             (nested.setdefault(section, {}) if section else nested)[name] = value
     return resolve(preset=preset, file=file, assignments=assignments or (), options=nested)
+
+
+def _rungs(race: bool | None) -> list[list[float]] | None:
+    """The rungs that --race and --no-race stand for; None where neither is given."""
+    return None if race is None else [list(rung) for rung in HALVING if race]
 
 
 @contextmanager
@@ -118,6 +127,7 @@ def tune(
     select: Selection = None,
     rounds: Annotated[int | None, Option(help="Rounds of pool and fine-tuning (R).")] = None,
     guidance_scale: Guidance = None,
+    race: Race = None,
     seed: Seed = None,
     device: Device = None,
     assignments: Assignments = None,
@@ -134,7 +144,7 @@ def tune(
     options = {
         "model.name": model, "model.guidance_scale": guidance_scale, "model.device": device, "prompts": prompts,
         "eval_prompts": eval_prompts, "pool.candidates": candidates, "pool.keep": keep, "pool.select": select,
-        "pool.seed": seed, "rounds": rounds,
+        "pool.race": _rungs(race), "pool.seed": seed, "rounds": rounds,
     }  # fmt: skip
     _tune(_settings(preset, config_file, assignments, options), run)
 
@@ -163,6 +173,7 @@ def pool(
     guidance_scale: Guidance = None,
     seed: Seed = None,
     device: Device = None,
+    race: Race = None,
     adapter: Annotated[Path | None, Option(help="Adapter of an earlier round.")] = None,
     shard: Annotated[
         str, Option(help="i/n: make every n-th prompt from the i-th on; n such commands share a folder.")
@@ -182,6 +193,7 @@ def pool(
     options = {
         "model.name": model, "model.guidance_scale": guidance_scale, "model.device": device, "prompts": prompts,
         "pool.candidates": candidates, "pool.keep": keep, "pool.select": select, "pool.seed": seed,
+        "pool.race": _rungs(race),
     }  # fmt: skip
     config = _settings(preset, config_file, assignments, options)
     loaded = load_model(config.model, adapter=adapter)
@@ -201,8 +213,13 @@ def pool(
         console.print("This shard is done; the sets are written when all prompts have their records.")
     for name, folder in result.sets.items():
         console.print(f"Set [bold]{name}[/]: {folder}")
-    if result.dropped:
-        console.print(f"{result.dropped} of {result.candidates} candidates came out as NaN and were left out.")
+    if result.denoiser_calls < result.unraced_calls:
+        console.print(
+            f"The race took {result.denoiser_calls:,} denoiser calls instead of {result.unraced_calls:,}, "
+            f"{result.unraced_calls / result.denoiser_calls:.1f}× fewer."
+        )
+    if result.broken:
+        console.print(f"{result.broken} of {result.candidates} candidates came out as NaN and were left out.")
 
 
 def _parse_shard(text: str) -> tuple[int, int]:
@@ -264,7 +281,7 @@ def generate(
 
     Example:  mitune generate "a red circle and a blue square" --model shapes-sd -o images
     """
-    from mitune.generate import Request, candidate_seed, decode, generate_all
+    from mitune.generate import Request, candidate_seed, decode, default_batch_size, generate_all
     from mitune.information import SCORES
     from mitune.models import load_model
     from mitune.store import write_image
@@ -272,10 +289,11 @@ def generate(
     options = {"model.name": model, "model.guidance_scale": guidance_scale, "model.device": device}
     config = _settings(None, None, None, options)
     loaded = load_model(config.model, adapter=adapter)
+    batch_size = default_batch_size(loaded.pipe._execution_device)
     requests = [Request(prompt=p, seed=candidate_seed(seed, p, j)) for p in prompts for j in range(images)]
     done = 0
     with _stage("Making images") as step:
-        for chunk, batch in generate_all(loaded, requests, min(len(requests), config.pool.batch_size)):
+        for chunk, batch in generate_all(loaded, requests, min(len(requests), batch_size)):
             shown = {name: SCORES[name](batch.trace) for name in ("mi-tune", "self-confidence")}
             for row, image in enumerate(decode(loaded, batch.latents)):
                 file = output / f"{(done + row) // images + 1:03d}-{(done + row) % images + 1:03d}.png"
@@ -629,6 +647,48 @@ def bench_tune(
     words = [f"{option} {value}" for option, values in given.items() for value in values]
     command = " ".join(["mitune bench tune", *words, f"--seeds {seeds} -o {output}"])
     write_bytes(output, (HEADER.format(command=command) + markdown(pq.read_table(table))).encode())
+    console.print(f"Tables: [bold]{output}[/]")
+
+
+@bench_app.command(name="race")
+def bench_race(
+    model: Annotated[
+        list[str] | None, Option("--model", "-m", help="An embedded model, or a folder of such a one. Repeatable.")
+    ] = None,
+    steps: Annotated[int, Option(min=4, help="Sampling steps: a race needs some to save any.")] = 20,
+    guidance_scale: Guidance = None,
+    prompts: Annotated[str, Option("--prompts", "-p", help="Embedded list.")] = "shapes:heldout",
+    per_category: Annotated[int, Option(min=1, help="Prompts of each category, at most.")] = 10,
+    candidates: Annotated[int, Option("--candidates", "-M", min=2, help="Images made for each prompt (M).")] = 32,
+    seed: Annotated[int, Option(help="Seed of the candidates.")] = 0,
+    device: Annotated[str, Option(help="cpu, cuda, cuda:1, mps; auto takes the GPU if there is one.")] = "auto",
+    run: RunFolder = Path("runs/race"),
+    output: Annotated[Path, Option("--output", "-o", help="Markdown.")] = Path("racing.md"),
+) -> None:
+    """What does racing save, and what does it lose? Schedules replayed on full pools, held against the exact judge.
+
+    Example:  mitune bench race -m shapes-sd -m shapes-sd3 --steps 20 --output docs/racing.md
+    """
+    from mitune.bench.race import SCHEDULES, SHOWN, RaceConfig, markdown, outcome_of, page, run_study
+    from mitune.bench.select import some_of_each
+    from mitune.config import ModelConfig
+    from mitune.prompts import load_prompts
+    from mitune.store import write_bytes
+
+    names, listed = model or ["shapes-sd"], some_of_each(load_prompts(prompts), per_category)
+    outcomes = []
+    for name in names:
+        settings = ModelConfig(name=name, steps=steps, guidance_scale=guidance_scale, device=device)
+        with _stage(f"Making candidates with {name}") as step:
+            config = RaceConfig(candidates=candidates, seed=seed)
+            runs = run_study(settings, listed, run / Path(name).name, config, step)
+        outcomes += [outcome_of(runs, Path(name).name, score, schedule) for score in SHOWN for schedule in SCHEDULES]
+    scale = "" if guidance_scale is None else f" --guidance-scale {guidance_scale:g}"
+    command = " ".join(
+        ["mitune bench race", *(f"-m {name}" for name in names), f"--steps {steps}{scale} -p {prompts}"]
+        + [f"--per-category {per_category} -M {candidates} --seed {seed} --output {output}"]
+    )
+    write_bytes(output, page(markdown(outcomes, candidates, steps), command).encode())
     console.print(f"Tables: [bold]{output}[/]")
 
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Literal
 
 from mitune.errors import MituneError
+
+Rungs = tuple[tuple[float, float], ...]
+HALVING: Rungs = ((0.25, 0.5), (0.5, 0.25))  # what --race stands for
 
 
 def _require(condition: bool, sentence: str) -> None:
@@ -60,7 +64,10 @@ class PoolConfig:
     candidates: int = 50  # M
     keep: int = 1  # k
     select: tuple[str, ...] = ("self-confidence",)  # scores or controls; each makes a set of its own
-    batch_size: int = 50  # candidates in one call of the pipeline
+    batch_size: int | None = None  # candidates in one call of the denoiser; None: as many as fit
+    # Rungs of a race: after this share of the steps, this share of a prompt's candidates stays, by the scores of
+    # `select`. Empty: all run to the end.
+    race: Rungs = ()
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -68,7 +75,15 @@ class PoolConfig:
             1 <= self.keep <= self.candidates,
             f"pool.keep = {self.keep} must lie between 1 and pool.candidates = {self.candidates}.",
         )
-        _require(self.batch_size >= 1, f"pool.batch_size = {self.batch_size} must be at least 1.")
+        _require(
+            self.batch_size is None or self.batch_size >= 1, f"pool.batch_size = {self.batch_size} must be at least 1."
+        )
+        ends = [(0.0, 1.0), *self.race]
+        _require(
+            all(len(rung) == 2 for rung in ends) and all(a < c < 1 and b > d > 0 for (a, b), (c, d) in pairwise(ends)),
+            f"pool.race = {[list(rung) for rung in self.race]} must be a list of [share of the steps, share of the "
+            "candidates that stays], the first rising and the second falling, e.g. [[0.25, 0.5], [0.5, 0.25]].",
+        )
         _require(len(self.select) >= 1, "pool.select is empty; name at least one score, e.g. self-confidence.")
 
 

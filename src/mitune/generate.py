@@ -1,14 +1,15 @@
 """Images from a pipeline in batches of constant shape, each with a seed of its own, watched by the probe.
 
-The batch shape never changes (the last batch is filled up with repeats), so on a CPU the latents of an image are, bit
-for bit, a function of its prompt and its seed alone: not of its neighbors or of the order.
+The shape in which the denoiser is called never changes (a batch is filled up with repeats), and each text is encoded
+alone. So on a CPU the latents of an image are, bit for bit, a function of its prompt and its seed: not of its
+neighbors, of the order, or of a race in which others are dropped.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -16,12 +17,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mitune.batches import constant_batches, texts_encoded_once
 from mitune.conditioning import stack
 from mitune.information import Trace
 from mitune.models import Model, guidance_name, prompted
 from mitune.probe import MIProbe
+from mitune.racing import Race
 
 log = logging.getLogger(__name__)
+LARGEST_BATCH = 64  # to begin with on a GPU; more than that makes none faster
+CPU_BATCH = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,12 +39,14 @@ class Request:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """What one call of the pipeline gave for its first B requests."""
+    """What one call of the pipeline gave for its B requests."""
 
     latents: Tensor  # (B, C, H, W), in the denoiser's space, on the CPU
     trace: Trace
     conditioning: dict[str, Tensor]  # (B, ...) each: what the denoiser was told of the prompts
     null_conditioning: dict[str, Tensor]
+    dropped: list[int]  # (B) the step after which a race dropped it, its latents and terms being NaN; 0 where it stayed
+    batch_size: int  # of the denoiser's calls
 
 
 def candidate_seed(seed: int, prompt: str, candidate: int) -> int:
@@ -60,33 +67,60 @@ def quiet_pipelines() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def generate(model: Model, requests: Sequence[Request], batch_size: int) -> Batch:
-    """Runs the pipeline once, with the probe, for at most `batch_size` requests."""
-    filled = [requests[i % len(requests)] for i in range(batch_size)]
-    with MIProbe(model.pipe, guidance_scale=model.guidance_scale) as probe, quiet_pipelines():
+def generate(
+    model: Model,
+    requests: Sequence[Request],
+    batch_size: int,
+    on_step: Callable[[MIProbe], None] | None = None,
+) -> Batch:
+    """Runs the pipeline once, with the probe, and its denoiser in batches of `batch_size`.
+
+    on_step is called with the probe after each step, and may have it keep some candidates only.
+    """
+    with (
+        texts_encoded_once(model.pipe),
+        constant_batches(model.pipe, batch_size),
+        MIProbe(model.pipe, guidance_scale=model.guidance_scale, on_step=on_step) as probe,
+        quiet_pipelines(),
+    ):
         latents = model.pipe(
-            generator=[torch.Generator().manual_seed(request.seed) for request in filled],
+            generator=[torch.Generator().manual_seed(request.seed) for request in requests],
             output_type="latent",
-            **prompted(model.pipe, [request.prompt for request in filled], model.call),
+            **prompted(model.pipe, [request.prompt for request in requests], model.call),
         )[0]
-    kept = len(requests)
+    stayed, dropped = probe.candidates, probe.dropped
+    texts = {requests[place].prompt: row for row, place in enumerate(stayed)}
+    rows = torch.tensor([texts[request.prompt] for request in requests])
+    finished = latents.float().cpu()
+    finished[list(dropped)] = torch.nan
     return Batch(
-        latents=latents[:kept].float().cpu(),
-        trace=probe.trace(latents).select(range(kept)),
-        conditioning={name: tensor[:kept].cpu() for name, tensor in probe.conditioning.items()},
-        null_conditioning={name: tensor[:kept].cpu() for name, tensor in probe.null_conditioning.items()},
+        latents=finished,
+        trace=probe.trace(latents).spread(stayed, len(requests)),
+        conditioning={name: tensor.cpu()[rows] for name, tensor in probe.conditioning.items()},
+        null_conditioning={name: tensor.cpu()[rows] for name, tensor in probe.null_conditioning.items()},
+        dropped=[dropped.get(place, 0) for place in range(len(requests))],
+        batch_size=batch_size,
     )
 
 
+def default_batch_size(device: torch.device) -> int:
+    """The batch size to begin with where the settings name none; out of memory halves it."""
+    return LARGEST_BATCH if device.type == "cuda" else CPU_BATCH
+
+
 def generate_all(
-    model: Model, requests: Sequence[Request], batch_size: int
+    model: Model, requests: Sequence[Request], batch_size: int, race: Race | None = None
 ) -> Iterator[tuple[Sequence[Request], Batch]]:
-    """Runs of requests with what came of them, in order. Out of memory halves the batch from there on."""
+    """Runs of requests with what came of them, in order. Out of memory halves the batch from there on.
+
+    With a race, the requests are all candidates of one prompt, then all of another, and so on.
+    """
     start = 0
     while start < len(requests):
-        chunk = requests[start : start + batch_size]
+        together = race.candidates * race.prompts_together(model.steps, batch_size) if race else batch_size
+        chunk = requests[start : start + together]
         try:
-            batch = generate(model, chunk, batch_size)
+            batch = generate(model, chunk, batch_size, race.drop if race else None)
         except torch.OutOfMemoryError:
             if batch_size == 1:
                 raise

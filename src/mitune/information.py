@@ -125,6 +125,14 @@ class Trace:
         index = torch.tensor(candidates, dtype=torch.long)
         return Trace(**{name: value[index] if name in _PER_CANDIDATE else value for name, value in self._items()})
 
+    def spread(self, places: Sequence[int], count: int) -> Trace:
+        """The inverse of `select`: among `count` candidates, these at `places`; the terms of the others are NaN."""
+        rows = torch.full((count, self.difference.shape[1]), math.nan)
+        index = torch.tensor(places, dtype=torch.long)
+        spread: dict[str, Any] = dict(self._items())
+        spread |= {name: rows.index_copy(0, index, spread[name]) for name in _PER_CANDIDATE}
+        return Trace(**spread)
+
     def to_columns(self) -> dict[str, list[Any]]:
         """One entry per candidate in every column: lists of T numbers, and plain numbers. Parquet takes them as is."""
         columns: dict[str, list[Any]] = {}

@@ -1,7 +1,8 @@
 """Makes M candidates for every prompt, scores them while they are made, and keeps the best (Algorithm 1 of MI-TUNE).
 
-Everything about a prompt is one record: its candidates' seeds, scores and per-step terms, and the latents and text
-embeddings of those that some selection keeps. A killed run goes on with the prompts that have no record yet.
+With a race, most of them are dropped half-way (`racing.py`). Everything about a prompt is one record: its candidates'
+seeds, scores and per-step terms, and the latents and text embeddings of those that some selection keeps. A killed run
+goes on with the prompts that have no record yet.
 """
 
 from __future__ import annotations
@@ -23,12 +24,13 @@ from mitune.conditioning import stack
 from mitune.config import PoolConfig
 from mitune.contrast import POST_HOC, post_hoc, rivals_of
 from mitune.errors import MituneError
-from mitune.generate import Batch, Request, candidate_seed, decode, generate_all
+from mitune.generate import Batch, Request, candidate_seed, decode, default_batch_size, generate_all
 from mitune.information import SCORES, Trace
 from mitune.metrics.judgment import Metric
 from mitune.models import Model
+from mitune.racing import race_of
 from mitune.selection import ORACLE, Rule, apply, parse_rule, select
-from mitune.store import Records, claim, write_bytes, write_image, write_table, write_tensors
+from mitune.store import Records, claim, write_bytes, write_image, write_json, write_table, write_tensors
 
 log = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
@@ -44,17 +46,10 @@ class PoolResult:
     table: Path
     sets: dict[str, Path]
     candidates: int
-    dropped: int  # NaN latents
+    broken: int  # NaN latents
     seconds: float
-
-
-@dataclass(slots=True)
-class _Open:
-    """A prompt whose candidates are being made."""
-
-    latents: list[Tensor] = field(default_factory=list)
-    terms: dict[str, list[Any]] = field(default_factory=dict)  # of the trace, one entry a candidate
-    conditioning: dict[str, Tensor] = field(default_factory=dict)
+    denoiser_calls: int  # one a candidate and step, with and without the prompt
+    unraced_calls: int  # what they would be without a race
 
 
 def build_pool(
@@ -72,34 +67,53 @@ def build_pool(
 
     `shard` = (i, n) makes every n-th prompt alone, from the i-th on, so that n processes can share a folder; whoever
     finds all records present writes the sets. `identity` names what else made the images, e.g. an adapter's checksum.
-    Raises MituneError for an unknown selection, an oracle without a metric, or a folder of other settings.
+    Raises MituneError for an unknown selection, one that a race would starve, an oracle without a metric, or a folder
+    of other settings.
     """
     rules = [parse_rule(text, [*SCORES, *POST_HOC]) for text in config.select]
     if metric is None and any(rule.by == ORACLE for rule in rules):
         raise MituneError("pool.select names 'oracle', but this model comes with no judge; leave it out.")
+    race = race_of(config.race, rules, candidates=config.candidates, keep=config.keep)
     settings = {"model": model.name, "call": model.call, "made_with": identity, "prompts": list(prompts)}
     claim(folder, settings | _identity_of(config), "pool")
     began = time.monotonic()
-    pool = _Pool(model, prompts, config, rules, metric, Records(folder / "records"))
+    batch_size = _BatchSize.begin(folder, config, model)
+    pool = _Pool(model, prompts, config, batch_size, rules, metric, Records(folder / "records"))
     mine = range(shard[0], len(prompts), shard[1])
-    todo = [index for index in mine if pool.records.read(index) is None]
+    todo, steps = [], []
+    for index in mine:
+        record = pool.records.read(index)
+        if record is None:
+            todo.append(index)
+        else:
+            steps += record[0]["steps"].to_pylist()
     total, done = len(mine) * config.candidates, (len(mine) - len(todo)) * config.candidates
     requests = [pool.request(index, candidate) for index in todo for candidate in range(config.candidates)]
     current = _Candidates()
-    for chunk, batch in generate_all(model, requests, config.batch_size):
+    for chunk, batch in generate_all(model, requests, batch_size.value, race):
+        batch_size.note(batch.batch_size)
         for row in range(len(chunk)):
             current.add(batch, row)
             if len(current.latents) == config.candidates:
                 pool.finish(todo.pop(0), current)
+                steps += current.steps
                 current = _Candidates()
         done += len(chunk)
         if progress:
             progress(done, total)
     table = folder / "candidates.parquet"
     sets = {rule.slug: folder.parent / "sets" / rule.slug for rule in rules}
-    dropped = pool.assemble(folder, table, sets)
-    seconds = time.monotonic() - began
-    return PoolResult(folder, table, sets if dropped is not None else {}, total, dropped or 0, seconds)
+    broken = pool.assemble(folder, table, sets)
+    return PoolResult(
+        folder=folder,
+        table=table,
+        sets=sets if broken is not None else {},
+        candidates=total,
+        broken=broken or 0,
+        seconds=time.monotonic() - began,
+        denoiser_calls=sum(steps),
+        unraced_calls=total * max(steps, default=0),
+    )
 
 
 def _identity_of(config: PoolConfig) -> dict[str, object]:
@@ -110,15 +124,40 @@ def _identity_of(config: PoolConfig) -> dict[str, object]:
 
 
 @dataclass(slots=True)
+class _BatchSize:
+    """The denoiser's batch size, which out of memory may halve; kept in a file, so that a restart goes on with it."""
+
+    value: int
+    file: Path | None  # None where the settings name the size
+
+    @classmethod
+    def begin(cls, folder: Path, config: PoolConfig, model: Model) -> _BatchSize:
+        if config.batch_size is not None:
+            return cls(config.batch_size, None)
+        file = folder / "batch_size.json"
+        found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+        return cls(found or default_batch_size(model.pipe._execution_device), file)
+
+    def note(self, used: int) -> None:
+        self.value = used
+        if self.file is not None and not (self.file.exists() and json.loads(self.file.read_text()) == used):
+            write_json(self.file, used)
+
+
+@dataclass(slots=True)
 class _Candidates:
     """The candidates of one prompt, as far as they are made."""
 
     latents: list[Tensor] = field(default_factory=list)
+    dropped: list[int] = field(default_factory=list)  # the step after which a race dropped it, or 0
+    steps: list[int] = field(default_factory=list)  # that the denoiser made for it
     terms: dict[str, list[Any]] = field(default_factory=dict)  # of the trace, one entry a candidate
     conditioning: dict[str, Tensor] = field(default_factory=dict)
 
     def add(self, batch: Batch, row: int) -> None:
         self.latents.append(batch.latents[row])
+        self.dropped.append(batch.dropped[row])
+        self.steps.append(batch.dropped[row] or len(batch.trace.log_snr))
         for name, values in batch.trace.select([row]).to_columns().items():
             self.terms.setdefault(name, []).extend(values)
         if not self.conditioning:
@@ -134,6 +173,7 @@ class _Pool:
     model: Model
     prompts: Sequence[str]
     config: PoolConfig
+    batch_size: _BatchSize
     rules: Sequence[Rule]
     metric: Metric | None
     records: Records
@@ -147,8 +187,9 @@ class _Pool:
         count, prompt = self.config.candidates, self.prompts[index]
         latents = torch.stack(candidates.latents)
         finite = torch.isfinite(latents).flatten(1).all(dim=1)
-        if not finite.all():
-            log.warning("%s: %d candidates came out as NaN and are left out.", prompt, int((~finite).sum()))
+        status = [_status(ok, step) for ok, step in zip(finite.tolist(), candidates.dropped, strict=True)]
+        if broken := status.count("nan"):
+            log.warning("%s: %d candidates came out as NaN and are left out.", prompt, broken)
         trace = Trace.from_columns(candidates.terms)
         free = {name: score(trace).where(finite, torch.nan) for name, score in SCORES.items()}
         scores = {name: values.tolist() for name, values in free.items()}
@@ -158,12 +199,17 @@ class _Pool:
             "prompt": [prompt] * count,
             "candidate": range(count),
             "seed": [self.request(index, candidate).seed for candidate in range(count)],
-            "status": ["ok" if ok else "nan" for ok in finite.tolist()],
+            "status": status,
+            "steps": candidates.steps,
         }
         if self.metric is not None:
-            judged = self.metric(decode(self.model, latents.nan_to_num()), [prompt] * count)
-            columns |= {name: [getattr(j, name) for j in judged] for name in ("exact", "graded", "malformed")}
-            graded = torch.tensor([j.graded - j.malformed for j in judged])  # what cannot be read comes last
+            shown = [j for j, step in enumerate(candidates.dropped) if not step]
+            verdicts = self.metric(decode(self.model, latents[shown].nan_to_num()), [prompt] * len(shown))
+            judged = dict(zip(shown, verdicts, strict=True))
+            for name in ("exact", "graded", "malformed"):
+                columns[name] = [getattr(judged[j], name) if j in judged else None for j in range(count)]
+            graded = torch.full((count,), torch.nan)
+            graded[shown] = torch.tensor([v.graded - v.malformed for v in verdicts])  # what cannot be read comes last
             scores[ORACLE] = graded.where(finite, torch.nan).tolist()
         columns |= {f"score.{name}": values for name, values in scores.items()} | candidates.terms
         stored = set(self._extremes(scores) if index < SHOWN_PROMPTS else ())
@@ -186,7 +232,7 @@ class _Pool:
         prompt, seed = self.prompts[index], self.config.seed
         rivals = rivals_of(prompt, self.prompts, seed=seed)
         clean = latents.nan_to_num()
-        values = post_hoc(name, self.model, clean, prompt, rivals, free, seed=seed, batch_size=self.config.batch_size)
+        values = post_hoc(name, self.model, clean, prompt, rivals, free, seed=seed, batch_size=self.batch_size.value)
         return values.where(finite, torch.nan).tolist()
 
     def _extremes(self, scores: Mapping[str, Sequence[float]]) -> list[int]:
@@ -211,6 +257,12 @@ class _Pool:
                 _write_set(self.model, records, slug, target)
             write_table(table, rows)  # last: its presence says that the sets are whole
         return int(rows.column("status").to_pylist().count("nan"))
+
+
+def _status(finite: bool, dropped: int) -> str:
+    if dropped:
+        return f"dropped at step {dropped}"
+    return "ok" if finite else "nan"
 
 
 def _write_set(model: Model, records: Sequence[tuple[pa.Table, dict[str, Tensor]]], slug: str, target: Path) -> None:

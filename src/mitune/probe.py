@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
@@ -20,6 +20,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from mitune.batches import Rows, prediction, skips_layers
 from mitune.conditioning import flatten
 from mitune.denoiser import Family, as_tensor, denoiser_of, family_of
 from mitune.errors import GuidanceError, MituneError
@@ -65,6 +66,7 @@ class _Run:
     total: int = 0  # of so many candidates
     conditioning: tuple[dict[str, Any], ...] = ()  # of the first step: one for both halves, or conditional and null
     candidates: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))  # left of the first step's
+    dropped: dict[int, int] = field(default_factory=dict)  # the others, and after which step they were
     steps: list[_Step] = field(default_factory=list)
     pending: _Call | None = None  # the conditional call of a step whose unconditional one is yet to come
     finished: bool = False
@@ -108,7 +110,7 @@ class MIProbe:
         self._on_step = on_step
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._run = _Run()
-        self._taken: _Taken | None = None
+        self._taken: Rows | None = None
         self._address = 0
 
     def __enter__(self) -> Self:
@@ -153,15 +155,21 @@ class MIProbe:
         become meaningless, or a callback may hand it the kept ones alone. A `trace` taken before keeps what is known
         of those dropped.
         """
-        index = torch.tensor(candidates, dtype=torch.long)
+        index, before = torch.tensor(candidates, dtype=torch.long), self.candidates
         self._run.steps = [step.select(index) for step in self._run.steps]
         self._run.candidates = self._run.candidates[index]
+        self._run.dropped |= dict.fromkeys(set(before) - set(self.candidates), self.steps)
 
     @property
     def candidates(self) -> list[int]:
         """The places, in the first step's batch, of the candidates that are left."""
         places: list[int] = self._run.candidates.tolist()
         return places
+
+    @property
+    def dropped(self) -> dict[int, int]:
+        """The places of the others, with the number of steps that each has got."""
+        return self._run.dropped
 
     def trace(self, latents: Tensor | None = None) -> Trace:
         """The terms of all steps so far, (B, T).
@@ -170,6 +178,27 @@ class MIProbe:
         left; the denoising errors need it and are NaN without. Raises MituneError if there is nothing to trace, or
         more than one call of the pipeline.
         """
+        path, steps = self._path_and_steps()
+        self._run.finished = latents is not None
+        if latents is not None and self._run.narrowed and len(latents) == self._run.total:
+            latents = latents[self._run.candidates.to(latents.device)]
+        return _trace(steps, latents, path, self._family)
+
+    def trace_so_far(self) -> Trace:
+        """The terms of the steps so far, (B, T), with the ẑ₀ that the last of them predicts for the final z₀.
+
+        For scores that are read while the pipeline runs.
+        """
+        path, steps = self._path_and_steps()
+        _, log_snr = _levels(steps, path, self._family)
+        return _trace(steps, _predicted_latents(steps[-1], log_snr[-1], path), path, self._family)
+
+    @property
+    def planned_steps(self) -> int:
+        """Denoising steps of the whole run."""
+        return len(self.pipe.scheduler.timesteps)
+
+    def _path_and_steps(self) -> tuple[NoisePath, list[_Step]]:
         if self._run.pending is not None:
             raise GuidanceError(self._no_guidance())
         path, steps = path_of(self.pipe.scheduler), self._seen_steps()
@@ -178,10 +207,7 @@ class MIProbe:
                 f"The probe has seen {len(steps)} denoising steps, but the scheduler ran {len(path.steps)}; take "
                 "probe.trace(latents) after each call of the pipeline."
             )
-        self._run.finished = latents is not None
-        if latents is not None and self._run.narrowed and len(latents) == self._run.total:
-            latents = latents[self._run.candidates.to(latents.device)]
-        return _trace(steps, latents, path, self._family)
+        return path, steps
 
     def _narrow(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Takes the rows of dropped candidates out of what the pipeline hands the denoiser."""
@@ -190,10 +216,10 @@ class MIProbe:
         rows, self._address = len(handed), handed[0].data_ptr()
         if run.finished or not run.narrowed:
             return None
-        if rows != (run.total if _skips_layers(kwargs) else run.batch):
+        if rows != (run.total if skips_layers(kwargs) else run.batch):
             return None  # a callback has dropped them
         starts = torch.arange(0, rows, run.total).unsqueeze(1)
-        self._taken = _Taken((starts + run.candidates).flatten(), rows)
+        self._taken = Rows((starts + run.candidates).flatten(), rows)
         for name, value in bound.arguments.items():
             if name not in self._family.shared:
                 bound.arguments[name] = self._taken.of(value)
@@ -201,8 +227,8 @@ class MIProbe:
 
     def _watch(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         taken, self._taken = self._taken, None
-        whole = None if taken is None else (taken.back(_prediction(output)),)
-        if _skips_layers(kwargs):
+        whole = None if taken is None else (taken.back(prediction(output)),)
+        if skips_layers(kwargs):
             return whole  # skip-layer guidance of SD3.5: a third, crippled output, no part of the integral
         if self._run.finished:
             self._run = _Run()
@@ -242,7 +268,7 @@ class MIProbe:
         arguments = dict(self._signature.bind(*args, **kwargs).arguments)
         noisy = as_tensor(arguments.pop(next(iter(self._signature.parameters))))
         timestep = torch.as_tensor(arguments.pop(self._family.timestep_name))
-        predicted = as_tensor(_prediction(output))
+        predicted = as_tensor(prediction(output))
         return _Call(noisy, timestep, -predicted if self._family.negated else predicted, arguments, self._address)
 
     def _check_halves(self, noisy: Tensor) -> None:
@@ -295,43 +321,8 @@ class MIProbe:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class _Taken:
-    """Some rows out of many."""
-
-    picked: Tensor
-    rows: int
-
-    def of(self, value: Any) -> Any:
-        """The picked rows of a tensor or of a list with one item a row, also inside a mapping; all else as it is."""
-        if isinstance(value, Mapping):
-            return {key: self.of(item) for key, item in value.items()}
-        if isinstance(value, Tensor) and value.ndim and len(value) == self.rows:
-            return value[self.picked.to(value.device)]
-        if isinstance(value, list) and len(value) == self.rows:
-            return [value[row] for row in self.picked.tolist()]
-        return value
-
-    def back(self, value: Any) -> Any:
-        """The picked rows in their places, with zeros in the others."""
-        if isinstance(value, list):
-            whole = [torch.zeros_like(value[0])] * self.rows
-            for row, item in zip(self.picked.tolist(), value, strict=True):
-                whole[row] = item
-            return whole
-        zeros = value.new_zeros(self.rows, *value.shape[1:])
-        return zeros.index_copy(0, self.picked.to(value.device), value)
-
-
-def _prediction(output: Any) -> Any:
-    return output[0] if isinstance(output, tuple) else output.sample
-
-
-def _skips_layers(kwargs: Mapping[str, Any]) -> bool:
-    return kwargs.get("skip_layers") is not None
-
-
-def _trace(steps: Sequence[_Step], latents: Tensor | None, path: NoisePath, family: Family) -> Trace:
+def _levels(steps: Sequence[_Step], path: NoisePath, family: Family) -> tuple[Tensor, Tensor]:
+    """The scheduler's timesteps and λ of these steps, (T,) each."""
     told = torch.stack([step.timestep for step in steps]).float().cpu()
     told = (told - family.timestep_offset) / family.timestep_factor
     timestep, log_snr = path.at_steps(told)
@@ -342,6 +333,18 @@ def _trace(steps: Sequence[_Step], latents: Tensor | None, path: NoisePath, fami
             f"The denoiser was told the time {told[0]:g} at the first step, which is none of its scheduler's; mitune "
             "does not know this kind of model. Please report it."
         )
+    return timestep, log_snr
+
+
+def _predicted_latents(step: _Step, log_snr: Tensor, path: NoisePath) -> Tensor:
+    """ẑ₀ of the output with the prompt, (B, ...), float32."""
+    alpha, sigma = (x.to(step.noisy.device) for x in alpha_sigma(log_snr, is_flow=path.is_flow))
+    noisy, output = step.noisy.float(), step.conditional.float()
+    return epsilon_and_sample(output, noisy, alpha, sigma, path.predicts, is_flow=path.is_flow)[1]
+
+
+def _trace(steps: Sequence[_Step], latents: Tensor | None, path: NoisePath, family: Family) -> Trace:
+    timestep, log_snr = _levels(steps, path, family)
     terms = [_terms(step, latents, level, path) for step, level in zip(steps, log_snr, strict=True)]
     rows = torch.stack(terms, dim=-1).cpu()  # (5, B, T)
     return Trace(

@@ -104,7 +104,11 @@ def tune(config: Config, run: Path, *, stages: Stages = silent) -> TuneResult:
                 identity=adapter_checksum(before),
                 progress=step,
             )
-            cost |= {"candidates": pool.candidates, "denoiser_calls": pool.candidates * model.steps}
+            cost |= {
+                "candidates": pool.candidates,
+                "denoiser_calls": pool.denoiser_calls,
+                "unraced_calls": pool.unraced_calls,
+            }
         for slug, dataset in pool.sets.items():
             with (
                 stages(f"Round {number}: fine-tuning on {slug}") as step,

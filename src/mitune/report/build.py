@@ -274,11 +274,13 @@ def _round(folder: Path, config: Mapping[str, Any], rules: Sequence[Rule], color
     if candidates is None:
         return found
     names = [name.removeprefix("score.") for name in candidates.column_names if name.startswith("score.")]
+    statuses = candidates["status"].to_pylist()
     by = next((name for name in (*(rule.by for rule in rules), "mi-tune", *names) if name in names), None)
     found["pool"] = {
         "prompts": len(candidates["prompt_index"].unique()),
         "candidates": candidates.num_rows,
-        "broken": sum(status != "ok" for status in candidates["status"].to_pylist()),
+        "broken": statuses.count("nan"),
+        "raced": len(statuses) - statuses.count("nan") - statuses.count("ok"),
         "by": by,
         "keep": setting(config, "pool.keep") or 1,
         "cards": extremes(folder / "pool" / "extremes", candidates, by) if by else [],
@@ -383,15 +385,19 @@ def _cost(entries: Sequence[Mapping[str, Any]] | None) -> list[Context]:
     """What each stage cost, resumed ones added up, and their sum in the last row."""
     if not entries:
         return []
-    keys = ("seconds", "candidates", "denoiser_calls")
+    keys = ("seconds", "candidates", "denoiser_calls", "unraced_calls")
     stages = {str(entry["stage"]): dict.fromkeys(keys, 0.0) for entry in entries}
     for entry in entries:
         for key in keys:
             stages[str(entry["stage"])][key] += entry.get(key) or 0
+        if not entry.get("unraced_calls"):  # no pool
+            stages[str(entry["stage"])]["unraced_calls"] += entry.get("denoiser_calls") or 0
     total = {key: sum(stage[key] for stage in stages.values()) for key in keys}
     rows = []
     for name, stage in (*stages.items(), ("total", total)):
         share = stage["seconds"] / total["seconds"] if total["seconds"] else 0.0
-        counts = {key: f"{stage[key]:,.0f}".replace(",", "\u202f") if stage[key] else "–" for key in keys[1:]}
+        counts = {key: f"{stage[key]:,.0f}".replace(",", "\u202f") if stage[key] else "–" for key in keys[1:3]}
+        saved = stage["unraced_calls"] / stage["denoiser_calls"] if stage["denoiser_calls"] else 1.0
+        counts["saved"] = f"{saved:.1f}× fewer by racing" if saved > 1 else ""
         rows.append({"stage": name, "seconds": duration(stage["seconds"]), "share": 100 * share, **counts})
     return rows

@@ -1,0 +1,90 @@
+"""Racing: candidates that cannot win by their score so far are dropped mid-way, successive halving over the steps.
+
+A schedule is a list of rungs (a, b): after the share a of a run's steps, the share b of a prompt's candidates stays.
+((0.25, 0.5), (0.5, 0.25)) costs 0.25 · 1 + 0.25 · 0.5 + 0.5 · 0.25 = 0.5 of all denoiser calls. Those that stay come
+out as they would have without a race; what may change is which ones stay.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from mitune.config import Rungs
+from mitune.errors import MituneError
+from mitune.information import SCORES
+from mitune.probe import MIProbe
+from mitune.selection import Rule, select
+
+GROUP = 8  # denoiser batches that the candidates of one call of the pipeline may fill
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Race:
+    """A schedule, and what decides who stays."""
+
+    rungs: Rungs  # as in PoolConfig.race
+    scores: tuple[str, ...]  # on-line ones; each keeps its own best
+    candidates: int  # M
+    keep: int  # k
+
+    def stay(self, step: int, steps: int) -> int | None:
+        """How many of a prompt's candidates stay by each score after `step` of `steps`; None where there is no rung."""
+        shares = [share for after, share in self.rungs if math.ceil(after * steps) == step < steps]
+        return max(self.keep, math.ceil(min(shares) * self.candidates)) if shares else None
+
+    def drop(self, probe: MIProbe) -> None:
+        """Has the probe keep those that stay, if the step that it has just seen is a rung."""
+        stay = self.stay(probe.steps, probe.planned_steps)
+        if stay is not None:
+            trace = probe.trace_so_far()
+            scores = {name: SCORES[name](trace).tolist() for name in self.scores}
+            probe.keep(self.survivors(probe.candidates, scores, stay))
+
+    def survivors(self, places: Sequence[int], scores: Mapping[str, Sequence[float]], stay: int) -> list[int]:
+        """Which of the candidates at `places`, M a prompt in turn, are among a prompt's `stay` best by some score.
+
+        scores: so far, one value a place. Where a score has no value yet for any candidate of a prompt, all stay.
+        Returns their positions in `places`.
+        """
+        kept: set[int] = set()
+        for prompt in {place // self.candidates for place in places}:
+            own = [at for at, place in enumerate(places) if place // self.candidates == prompt]
+            for values in scores.values():
+                best = select([values[at] for at in own], stay)
+                kept |= {own[at] for at in best} or set(own)
+        return sorted(kept)
+
+    def running(self, steps: int) -> list[int]:
+        """How many candidates of a prompt each of the steps is made for, where one score decides."""
+        counts = [self.candidates]
+        for step in range(1, steps):
+            counts.append(min(counts[-1], self.stay(step, steps) or counts[-1]))
+        return counts
+
+    def prompts_together(self, steps: int, batch_size: int) -> int:
+        """With how many prompts in one call of the pipeline the least of the denoiser's batches is filled up."""
+        running = self.running(steps)
+
+        def filled(prompts: int) -> float:
+            batches = sum(math.ceil(prompts * count / batch_size) for count in running)
+            return batches * batch_size / prompts
+
+        return min(range(1, max(1, GROUP * batch_size // self.candidates) + 1), key=filled)
+
+
+def race_of(rungs: Rungs, rules: Sequence[Rule], *, candidates: int, keep: int) -> Race | None:
+    """The race that these rules allow; None without rungs.
+
+    Raises MituneError for a rule that needs candidates to be finished: a control, a quantile, a post-hoc score.
+    """
+    if not rungs:
+        return None
+    for rule in rules:
+        if rule.by not in SCORES or rule.quantile is not None:
+            raise MituneError(
+                f"pool.race drops candidates half-way, but pool.select names {rule.slug!r}, which needs all of them "
+                "finished; leave that out, or set pool.race=[] (--no-race)."
+            )
+    return Race(rungs=rungs, scores=tuple(dict.fromkeys(r.by for r in rules)), candidates=candidates, keep=keep)
