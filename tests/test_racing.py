@@ -252,7 +252,7 @@ class TestPool:
 
         def metric(images, prompts):
             seen.append(len(images))
-            return [Judgment(exact=True, graded=1.0, malformed=False, missed=()) for _ in prompts]
+            return [Judgment(exact=True, graded=1.0, malformed=False, drawn=(), missed=()) for _ in prompts]
 
         config = replace(CONFIG, select=("mi-tune",))
         rows = pq.read_table(build_pool(model, PROMPTS, tmp_path / "pool", config, metric=metric).table).to_pylist()
