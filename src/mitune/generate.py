@@ -27,6 +27,7 @@ from mitune.racing import Race
 log = logging.getLogger(__name__)
 LARGEST_BATCH = 64  # to begin with on a GPU; more than that makes none faster
 CPU_BATCH = 16
+DECODED_PIXELS = 2**18  # in one call of the VAE, whose activations take a kilobyte or more a pixel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,17 +147,24 @@ def condition(model: Model, prompts: Sequence[str], batch_size: int = 64) -> dic
 
 
 @torch.no_grad()
-def decode(model: Model, latents: Tensor, batch_size: int = 64) -> list[Image.Image]:
-    """Pictures of latents (N, C, H, W), or packed, that are in the denoiser's space."""
-    if latents.ndim != 4:
-        return [image for chunk in torch.split(latents, batch_size) for image in _decode_through_pipeline(model, chunk)]
-    vae, images = model.pipe.vae, []
+def decode(model: Model, latents: Tensor) -> list[Image.Image]:
+    """Pictures of latents (N, C, H, W), or packed, that are in the denoiser's space; a few at once, as VAEs are large."""
+    some = _decode_with_vae if latents.ndim == 4 else _decode_through_pipeline
+    return [image for chunk in torch.split(latents, _decoded_at_once(model, latents)) for image in some(model, chunk)]
+
+
+def _decoded_at_once(model: Model, latents: Tensor) -> int:
+    cells = 4 * latents.shape[1] if latents.ndim == 3 else latents.shape[2:].numel()  # a packed token is 2 × 2 of them
+    pixels = cells * getattr(model.pipe, "vae_scale_factor", 8) ** 2
+    return max(1, DECODED_PIXELS // pixels)
+
+
+def _decode_with_vae(model: Model, latents: Tensor) -> list[Image.Image]:
+    vae = model.pipe.vae
     shift = getattr(vae.config, "shift_factor", None) or 0.0
-    for start in range(0, len(latents), batch_size):
-        chunk = latents[start : start + batch_size]
-        scaled = chunk.to(model.pipe._execution_device, vae.dtype) / vae.config.scaling_factor + shift
-        decoded = vae.decode(scaled, return_dict=False)[0]
-        images += model.pipe.image_processor.postprocess(decoded, output_type="pil")
+    scaled = latents.to(model.pipe._execution_device, vae.dtype) / vae.config.scaling_factor + shift
+    decoded = vae.decode(scaled, return_dict=False)[0]
+    images: list[Image.Image] = model.pipe.image_processor.postprocess(decoded, output_type="pil")
     return images
 
 

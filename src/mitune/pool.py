@@ -11,8 +11,9 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -243,20 +244,27 @@ class _Pool:
 
     def assemble(self, folder: Path, table: Path, sets: Mapping[str, Path]) -> int | None:
         """Writes the table and the sets once all records are there; returns the number of NaN candidates, or None."""
-        loaded = [self.records.read(index) for index in range(len(self.prompts))]
-        records = [record for record in loaded if record is not None]
-        if len(records) < len(loaded):
+        tables = [rows for rows, _ in self._all_records()]  # one record's tensors in memory at a time
+        if len(tables) < len(self.prompts):
             return None
-        rows = pa.concat_tables([record[0] for record in records])
+        rows = pa.concat_tables(tables)
         if not table.exists():
-            for index, (_, tensors) in enumerate(records[:SHOWN_PROMPTS]):
+            for index, (_, tensors) in enumerate(islice(self._all_records(), SHOWN_PROMPTS)):
                 images = decode(self.model, tensors["latents"])
                 for candidate, image in zip(tensors["candidates"].tolist(), images, strict=True):
                     write_image(folder / "extremes" / f"{index:05d}-{candidate:03d}.png", image)
             for slug, target in sets.items():
-                _write_set(self.model, records, slug, target)
+                _write_set(self.model, self._all_records(), slug, target)
             write_table(table, rows)  # last: its presence says that the sets are whole
         return int(rows.column("status").to_pylist().count("nan"))
+
+    def _all_records(self) -> Iterator[tuple[pa.Table, dict[str, Tensor]]]:
+        """In order, up to the first that is missing."""
+        for index in range(len(self.prompts)):
+            record = self.records.read(index)
+            if record is None:
+                return
+            yield record
 
 
 def _status(finite: bool, dropped: int) -> str:
@@ -265,7 +273,7 @@ def _status(finite: bool, dropped: int) -> str:
     return "ok" if finite else "nan"
 
 
-def _write_set(model: Model, records: Sequence[tuple[pa.Table, dict[str, Tensor]]], slug: str, target: Path) -> None:
+def _write_set(model: Model, records: Iterable[tuple[pa.Table, dict[str, Tensor]]], slug: str, target: Path) -> None:
     """An imagefolder with metadata, latents and text embeddings of what one selection keeps."""
     if target.exists():
         shutil.rmtree(target)

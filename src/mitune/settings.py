@@ -17,19 +17,19 @@ from mitune.store import write_bytes
 Nested = dict[str, Any]
 
 _SHAPES_FINETUNE: Nested = {
-    "adapter": "lora", "rank": 16, "alpha": 16.0, "learning_rate": 1e-4, "batch_size": 64, "iterations": 100,
-    "timesteps": [0.5, 1.0],
+    "adapter": "lora", "rank": 16, "alpha": 16.0, "learning_rate": 2e-4, "batch_size": 64, "iterations": 200,
+    "timesteps": [0.5, 1.0], "ema": 0.98,
 }  # fmt: skip
 PRESETS: Mapping[str, Nested] = {
     "demo": {
         "model": {"name": "shapes-sd"},
-        "pool": {"candidates": 16, "batch_size": 64},
+        "pool": {"candidates": 16, "keep": 4, "batch_size": 64},
         "finetune": _SHAPES_FINETUNE,
         "eval": {"images": 2, "batch_size": 64},
         "prompts": "shapes:train",
         "eval_prompts": "shapes:heldout",
     },
-    # The experiment of benchmarks/results.py: the paper's score and self-confidence against both controls
+    # The experiment of docs/results.md: the paper's score and self-confidence against both controls
     "shapes-study": {
         "model": {"name": "shapes-sd"},
         "pool": {
