@@ -7,7 +7,7 @@ from torch import nn
 
 from mitune.config import FinetuneConfig
 from mitune.errors import ModelError
-from mitune.loss import Peers, denoising_errors, draw, encode, shift_of, target_of
+from mitune.loss import denoising_errors, draw, encode, shift_of, target_of
 from mitune.path import path_of
 from mitune.training_set import TrainingSet
 from tests.sets import BUILDERS, CALLS, write_set
@@ -80,47 +80,6 @@ def test_error_of_an_exact_denoiser_is_its_offset_squared(scheduler):
     errors = denoising_errors(denoiser, latents, conditioning, noise, t, path_of(scheduler))
     assert torch.allclose(errors, torch.full((5,), 0.25), atol=1e-3)
     assert torch.equal(denoiser.told, t)
-
-
-class TestPeers:
-    """The target is the mean over a prompt's images, each as likely as its weight and the noisy latents make it."""
-
-    class Half(nn.Module):
-        """Half of two images: what an exact denoiser says at pure noise, where either may have been drawn."""
-
-        dtype = torch.float32
-
-        def __init__(self, images):
-            super().__init__()
-            self.mean = images.mean(dim=1)
-
-        def forward(self, sample, timestep, encoder_hidden_states, return_dict=True):
-            return (self.mean,)
-
-    def errors(self, weights, level):
-        """The errors of such a denoiser, by the mean target and by the one image that was drawn, (5,) each."""
-        drawn, noise = latents_and_noise()
-        peers = torch.stack([drawn, -drawn], dim=1)
-        path = path_of(DDIMScheduler(prediction_type="sample", rescale_betas_zero_snr=True))
-        inputs = (drawn, {"encoder_hidden_states": torch.zeros(5, 2, 3)}, noise, torch.full((5,), level), path)
-        half = self.Half(peers)
-        plain = denoising_errors(half, *inputs)
-        return denoising_errors(half, *inputs, Peers(peers, torch.tensor(weights).expand(5, 2))), plain
-
-    def test_alike_where_all_is_noise(self):
-        mean, plain = self.errors([1.0, 1.0], 999.0)
-        assert torch.allclose(mean, torch.zeros(5), atol=1e-6)
-        assert (plain > 0.5).all()
-
-    def test_the_one_that_was_drawn_where_it_shows(self):
-        mean, plain = self.errors([1.0, 1.0], 100.0)
-        assert torch.allclose(mean, plain)
-
-    def test_weights_count_and_weight_zero_is_not_there(self):
-        mean, plain = self.errors([1.0, 0.0], 999.0)
-        assert torch.allclose(mean, plain)
-        tilted, _ = self.errors([3.0, 1.0], 999.0)  # the mean target is (3 − 1) / 4 of the one drawn
-        assert torch.allclose(tilted, plain / 4, rtol=1e-4)
 
 
 @pytest.fixture(scope="module")

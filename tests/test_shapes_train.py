@@ -7,12 +7,11 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 from safetensors.torch import load_file
 
-from mitune.loss import stable_targets
 from mitune.models import EMBEDDED, model_folder
 from mitune.shapes.autoencoder import encode_world, training_prompts
 from mitune.shapes.grammar import forms
 from mitune.shapes.phases import DenoiserConfig
-from mitune.shapes.train import export, train_denoiser
+from mitune.shapes.train import export, stable_targets, train_denoiser
 
 
 def test_stable_targets_are_the_posterior_mean():

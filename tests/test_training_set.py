@@ -1,7 +1,6 @@
 """A set is read whole, or refused in a sentence that says what is wrong with it."""
 
 import json
-from dataclasses import replace
 
 import pytest
 import torch
@@ -38,14 +37,6 @@ def test_checksum_tells_sets_apart(tmp_path):
     latents = load_file(second / "latents.safetensors")["latents"]
     save_file({"latents": latents + 1}, second / "latents.safetensors")
     assert TrainingSet.read(first).checksum != TrainingSet.read(second).checksum
-
-
-def test_rows_of_the_same_prompt(tmp_path):
-    images = TrainingSet.read(write_set("sd", tmp_path / "set"))
-    assert replace(images, prompts=["a", "b", "a", "c", "b", "a"]).of_same_prompt().tolist() == [
-        [0, 2, 5], [1, 4, -1], [0, 2, 5], [3, -1, -1], [1, 4, -1], [0, 2, 5],
-    ]  # fmt: skip
-    assert replace(images, prompts=list("abcdef")).of_same_prompt() is None
 
 
 def _without(name):

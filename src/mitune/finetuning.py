@@ -28,7 +28,7 @@ from mitune.checkpoint import TrainingState
 from mitune.components import Components
 from mitune.config import FinetuneConfig, ModelConfig
 from mitune.errors import MituneError
-from mitune.loss import Draw, Peers, denoising_errors, draw, encode, shift_of
+from mitune.loss import Draw, denoising_errors, draw, encode, shift_of
 from mitune.merging import channels_last, merged_layers
 from mitune.models import adapter_checksum, call_arguments, device_of
 from mitune.path import path_of
@@ -124,7 +124,6 @@ class _Trainer:
         start_from: Path | None,
     ) -> None:
         self.images, self.config, self.accelerator, self.device = images, config, accelerator, device
-        self.same_prompt = images.of_same_prompt()
         scheduler = components.scheduler()
         self.path, self.shift = path_of(scheduler), shift_of(scheduler)
         self.call = call_arguments(components.config)
@@ -261,23 +260,12 @@ class _Trainer:
                 if self.text_pipe is not None:
                     prompts = [images.prompts[row] for row in rows.tolist()]
                     conditioning |= encode(self.text_pipe, prompts, self.call, conditioning)
-                errors = denoising_errors(
-                    self.denoiser, latents, conditioning, noise, timesteps, self.path, self._peers(rows)
-                )
+                errors = denoising_errors(self.denoiser, latents, conditioning, noise, timesteps, self.path)
             # Over the whole batch, not the part: so the gradients of any split add up to the same.
             loss = (weights * errors).sum() / len(batch.rows)
             self.accelerator.backward(loss)
             total += loss.detach()
         return total
-
-    def _peers(self, rows: Tensor) -> Peers | None:
-        """All images of the prompts of `rows`, where a prompt has more than one."""
-        if self.same_prompt is None:
-            return None
-        others = self.same_prompt[rows]
-        weights = self.images.weights[others].where(others >= 0, 0.0)
-        latents = self.images.latents[others]
-        return Peers(latents.to(self.device, non_blocking=True), weights.to(self.device, non_blocking=True))
 
     def use_average(self) -> None:
         """Puts the moving average in the place of the weights, if there is one."""

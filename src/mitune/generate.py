@@ -148,7 +148,7 @@ def condition(model: Model, prompts: Sequence[str], batch_size: int = 64) -> dic
 
 @torch.no_grad()
 def decode(model: Model, latents: Tensor) -> list[Image.Image]:
-    """Pictures of latents (N, C, H, W), or packed, that are in the denoiser's space; a few at once, as VAEs are large."""
+    """Pictures of latents (N, C, H, W), or packed, in the denoiser's space; a few at once, as a VAE takes much room."""
     some = _decode_with_vae if latents.ndim == 4 else _decode_through_pipeline
     return [image for chunk in torch.split(latents, _decoded_at_once(model, latents)) for image in some(model, chunk)]
 

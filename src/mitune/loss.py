@@ -32,14 +32,6 @@ class Draw:
     timesteps: Tensor  # (B,) t, float32
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Peers:
-    """All images of the prompts of B rows."""
-
-    latents: Tensor  # (B, K, C, H, W)
-    weights: Tensor  # (B, K), 0 where a prompt has fewer than K
-
-
 def draw(images: TrainingSet, path: NoisePath, shift: float, config: FinetuneConfig, iteration: int) -> Draw:
     """The batch, noise and timesteps of an iteration: a function of (config.seed, iteration) alone.
 
@@ -81,43 +73,15 @@ def target_of(latents: Tensor, noise: Tensor, timesteps: Tensor, path: NoisePath
 
 
 def denoising_errors(
-    denoiser: Any,
-    latents: Tensor,
-    conditioning: dict[str, Tensor],
-    noise: Tensor,
-    timesteps: Tensor,
-    path: NoisePath,
-    peers: Peers | None = None,
+    denoiser: Any, latents: Tensor, conditioning: dict[str, Tensor], noise: Tensor, timesteps: Tensor, path: NoisePath
 ) -> Tensor:
     """Mean squared error of the denoiser on each image, (B,), float32.
 
-    latents and noise: (B, C, H, W); timesteps: (B,); conditioning: (B, ...) each; peers: all images of the prompts, if
-    there are several, for `stable_targets`.
+    latents and noise: (B, C, H, W); timesteps: (B,); conditioning: (B, ...) each.
     """
-    noisy = path.add_noise(latents, noise, timesteps)
-    if peers is not None:
-        shape = (-1, *[1] * (latents.ndim - 1))
-        alpha, sigma = path.alpha(timesteps).reshape(shape), path.sigma(timesteps).reshape(shape)
-        latents, noise = stable_targets(noisy, peers.latents, alpha, sigma, peers.weights)
-    predicted = network_output(denoiser, noisy, conditioning, timesteps)
+    predicted = network_output(denoiser, path.add_noise(latents, noise, timesteps), conditioning, timesteps)
     errors = (predicted - target_of(latents, noise, timesteps, path)) ** 2
     return errors.flatten(1).mean(dim=1)
-
-
-def stable_targets(
-    noisy: Tensor, peers: Tensor, alpha: Tensor, sigma: Tensor, weights: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """E[z₀ | z, p] and E[ε | z, p], (B, …) each, where `peers` (B, K, …) are all the images of the prompt p.
-
-    The minimizer of the denoising loss stays what it was, and the gradient loses the chance of which of the images was
-    drawn, which at high noise is most of it (Xu et al. 2023, "Stable Target Field", eq. 7). One of them must be the
-    one that `noisy` (B, …) was made of; alpha and sigma broadcast to it. weights: (B, K) of the images, or all alike.
-    """
-    distance = (noisy[:, None] - alpha[:, None] * peers).square().flatten(2).sum(dim=2)
-    logits = -distance / (2 * sigma.square().view(-1, 1))
-    shares = torch.softmax(logits if weights is None else logits + weights.log(), dim=1)
-    clean = (shares.view(*shares.shape, *[1] * (peers.ndim - 2)) * peers).sum(dim=1)
-    return clean, (noisy - alpha * clean) / sigma
 
 
 def encode(pipe: Any, prompts: list[str], call: dict[str, Any], names: Collection[str]) -> dict[str, Tensor]:

@@ -28,16 +28,6 @@ class TrainingSet:
     weights: Tensor  # (N,) of the images in the loss, with mean one
     checksum: str
 
-    def of_same_prompt(self) -> Tensor | None:
-        """The rows with each row's prompt, (N, K), −1 where there are fewer than K; None if each has its own."""
-        rows: dict[str, list[int]] = {}
-        for row, prompt in enumerate(self.prompts):
-            rows.setdefault(prompt, []).append(row)
-        most = max(map(len, rows.values()))
-        if most == 1:
-            return None
-        return torch.tensor([rows[prompt] + [-1] * (most - len(rows[prompt])) for prompt in self.prompts])
-
     @classmethod
     def read(cls, folder: Path) -> TrainingSet:
         """Reads metadata.jsonl, latents.safetensors and conditioning.safetensors.

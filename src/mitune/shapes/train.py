@@ -25,7 +25,6 @@ from torch.nn import functional as F
 from transformers import CLIPTokenizer
 
 from mitune.checkpoint import TrainingState
-from mitune.loss import stable_targets
 from mitune.negatives import shapes_negatives, wider_negatives
 from mitune.shapes.architecture import JOINT_WIDTH, MAX_TOKENS, new_pipeline
 from mitune.shapes.autoencoder import AutoencoderConfig, encode_world, train_autoencoder, training_prompts
@@ -41,6 +40,19 @@ def _rate(step: int, config: DenoiserConfig) -> float:
     cool_down = config.cool_down * (config.steps - config.start)
     left = (config.steps - step) / cool_down if cool_down else 1.0
     return min(1.0, (step - config.start + 1) / config.warmup, left)
+
+
+def stable_targets(noisy: Tensor, scenes: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """E[z₀ | z_t, prompt] and E[ε | z_t, prompt], with `scenes` (B, K, …) of each prompt standing for all of them.
+
+    The minimizer of the denoising loss stays what it was, and the gradient loses the chance of which scene was drawn,
+    which at high noise is most of it (Xu et al. 2023, "Stable Target Field", eq. 7). One of the scenes must be the one
+    that `noisy` (B, …) was made of; `alpha` and `sigma` are (B, 1, 1, 1).
+    """
+    distance = (noisy[:, None] - alpha[:, None] * scenes).square().sum(dim=(2, 3, 4))
+    weights = torch.softmax(-distance / (2 * sigma.square().view(-1, 1)), dim=1)
+    clean = (weights[:, :, None, None, None] * scenes).sum(dim=1)
+    return clean, (noisy - alpha * clean) / sigma
 
 
 class Trainee(nn.Module):

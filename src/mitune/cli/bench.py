@@ -1,0 +1,265 @@
+"""Benchmarks: mi, truth, knows, select, race, tune."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer import Option
+
+from mitune.cli.options import Assignments, Device, Guidance, RunFolder, Selection, say, settings_of, stage
+from mitune.errors import MituneError
+
+app = typer.Typer(no_args_is_help=True, help="Benchmarks: is the number right, and which score picks well?")
+
+
+@app.command(name="mi")
+def bench_mi(
+    tasks: Annotated[str, Option(help="Names with commas between them, or all: the 40 of the benchmark.")] = "all",
+    estimators: Annotated[str, Option(help="Names with commas between them, e.g. RFMI,KSG.")] = "RFMI,Gaussian-copula",
+    n: Annotated[str, Option("--n", help="Sample sizes.")] = "1000,5000,10000",
+    seeds: Annotated[int, Option(min=1, help="Samples drawn of each task and size: seeds 0, 1, ...")] = 1,
+    results: Annotated[Path, Option(help="Table of results; what it holds is shown too, and not made again.")] = Path(
+        "runs/mi-benchmark.parquet"
+    ),
+    output: Annotated[Path, Option("--output", "-o", help="Markdown; the plot goes beside it.")] = Path("mi.md"),
+) -> None:
+    """Is the estimate right? Estimators on samples of distributions whose mutual information is known.
+
+    Example:  mitune bench mi --estimators RFMI,MINDE-C,KSG --n 1000,5000,10000 --output docs/mi-benchmark.md
+    """
+    from mitune.bench.mi import HEADER, figure, markdown, run_benchmark
+    from mitune.bench.mi_tasks import TASKS
+    from mitune.store import write_bytes
+
+    if not all(size.strip().isdigit() for size in n.split(",")):
+        raise MituneError(f"--n {n!r} needs whole numbers with commas between them, e.g. 1000,5000.")
+    names = [name.strip() for name in estimators.split(",")]
+    with stage("Estimating") as step:
+        found = run_benchmark(
+            list(TASKS) if tasks == "all" else [name.strip() for name in tasks.split(",")],
+            names,
+            [int(size) for size in n.split(",")],
+            seeds=seeds,
+            file=results,
+            progress=step,
+        )
+    picture = output.with_suffix(".png")
+    command = f"mitune bench mi --tasks {tasks} --estimators {estimators} --n {n} --seeds {seeds} --output {output}"
+    write_bytes(picture, figure(found, names[:3]))
+    write_bytes(output, (HEADER.format(command=command, picture=picture.name) + markdown(found)).encode())
+    say("Table", output)
+
+
+@app.command(name="knows")
+def bench_knows(
+    model: Annotated[
+        list[str] | None, Option("--model", "-m", help="Hub id, diffusers folder, or an embedded model. Repeatable.")
+    ] = None,
+    guidance_scale: Annotated[
+        list[float] | None, Option(help="Guidance scale; the model's own default if left out. Repeatable.")
+    ] = None,
+    prompts: Annotated[
+        str, Option("--prompts", "-p", help="Text file, one prompt a line, or an embedded list: shapes:heldout/color.")
+    ] = "shapes:heldout",
+    negatives: Annotated[
+        Path | None, Option(help='Hard negatives as JSON lines, {"prompt": ..., "negatives": [...]}; else by rule.')
+    ] = None,
+    scenes: Annotated[int, Option(min=0, help="Rendered scenes a category; for embedded prompts.")] = 200,
+    images: Annotated[int, Option("--images", "-n", min=1, help="Samples a prompt.")] = 4,
+    seed: Annotated[int, Option(help="Seed.")] = 0,
+    device: Device = None,
+    output: Annotated[Path | None, Option("--output", "-o", help="Also write the table here, as Markdown.")] = None,
+) -> None:
+    """Can selection pay? What a model knows of its prompts, what it shows, and what it recognizes as wrong.
+
+    Prompts of one's own have no judge; for them, only how often a sample's prompt beats its hard negatives is told.
+
+    Example:  mitune bench knows -m shapes-sd --guidance-scale 2 --guidance-scale 4 --scenes 100
+    """
+    from mitune.bench.knows import knowledge, markdown
+    from mitune.bench.select import at_scales
+    from mitune.metrics.judgment import shapes_metric
+    from mitune.negatives import hard_negatives, load_negatives
+    from mitune.prompts import load_prompts
+    from mitune.store import write_bytes
+
+    own = load_negatives(negatives) if negatives is not None else None
+    embedded = prompts.startswith("shapes:")
+    with stage("Asking what is known") as step:
+        found = knowledge(
+            at_scales(model or ["shapes-sd"], guidance_scale or [], device or "auto"),
+            load_prompts(prompts),
+            negatives=lambda prompt: hard_negatives(prompt, own),
+            metric=shapes_metric if embedded else None,
+            scenes=scenes if embedded else 0,
+            images=images,
+            seed=seed,
+            progress=step,
+        )
+    table = markdown(found)
+    typer.echo(table)
+    if output is not None:
+        write_bytes(output, table.encode())
+
+
+@app.command(name="select")
+def bench_select(
+    model: Annotated[
+        list[str] | None, Option("--model", "-m", help="An embedded model, or a folder of such a one. Repeatable.")
+    ] = None,
+    guidance_scale: Annotated[
+        list[float] | None, Option(help="Guidance scale; the model's own default if left out. Repeatable.")
+    ] = None,
+    prompts: Annotated[str, Option("--prompts", "-p", help="Embedded list.")] = "shapes:heldout",
+    per_category: Annotated[int, Option(min=1, help="Prompts of each category, at most.")] = 40,
+    candidates: Annotated[int, Option("--candidates", "-M", min=2, help="Images made for each prompt (M).")] = 50,
+    draws: Annotated[int, Option(min=2, help="Noise levels of the post-hoc scores; each costs 2 calls a prompt.")] = 8,
+    seed: Annotated[int, Option(help="Seed of candidates and noise.")] = 0,
+    device: Annotated[str, Option(help="cpu, cuda, cuda:1, mps; auto takes the GPU if there is one.")] = "auto",
+    run: RunFolder = Path("runs/select"),
+) -> None:
+    """Which score selects? Every score on the same candidates, held against the exact judge.
+
+    Leaves candidates.parquet (a row a candidate with every score), tables.md with all scores, and summary.md, tau.png
+    and gap.png with some of each kind; once all candidates are there, the same command makes these anew from them.
+
+    Example:  mitune bench select -m shapes-sd -m shapes-sd3 --guidance-scale 2 --guidance-scale 4 --run runs/select
+    """
+    import pyarrow.parquet as pq
+
+    from mitune.bench.select import SelectConfig, at_scales, run_study, some_of_each
+    from mitune.bench.select_tables import (
+        SHOWN,
+        gap_figure,
+        only,
+        prediction_of,
+        summarize_study,
+        tables_of,
+        tau_figure,
+    )
+    from mitune.prompts import load_prompts
+    from mitune.store import write_bytes
+
+    config = SelectConfig(candidates=candidates, draws=draws, seed=seed)
+    models = at_scales(model or ["shapes-sd"], guidance_scale or [], device)
+    with stage("Making and scoring candidates") as step:
+        table = run_study(models, some_of_each(load_prompts(prompts), per_category), run, config, progress=step)
+    result = summarize_study(pq.read_table(table))
+    shown = only(result, SHOWN)
+    write_bytes(run / "tables.md", tables_of(result).encode())
+    promise = "## Does the condition predict the gain?\n\n" + prediction_of(result, "normalized-negatives")
+    write_bytes(run / "summary.md", f"{tables_of(shown)}\n{promise}".encode())
+    write_bytes(run / "tau.png", tau_figure(shown))
+    write_bytes(run / "gap.png", gap_figure(shown))
+    say("Tables", run / "tables.md")
+
+
+@app.command(name="tune")
+def bench_tune(
+    model: Annotated[list[str] | None, Option("--model", "-m", help="An embedded model. Repeatable.")] = None,
+    select: Selection = None,
+    guidance_scale: Annotated[
+        list[float] | None, Option(help="Further guidance scales to judge base and adapters at. Repeatable.")
+    ] = None,
+    seeds: Annotated[int, Option(min=1, help="Each has its own pool, adapters and images to judge.")] = 1,
+    assignments: Assignments = None,
+    run: RunFolder = Path("runs/bench-tune"),
+    output: Annotated[Path, Option("--output", "-o", help="Markdown.")] = Path("gains.md"),
+) -> None:
+    """What does fine-tuning gain? The preset shapes-study with each score's picks, judged on held-out prompts.
+
+    Example:  mitune bench tune -m shapes-sd -s self-confidence -s mi-tune -s random -s oracle --seeds 3 -o gains.md
+    """
+    import pyarrow.parquet as pq
+
+    from mitune.bench.tune import HEADER, markdown, run_study
+    from mitune.store import write_bytes
+
+    names = model or ["shapes-sd"]
+    configs = [settings_of("shapes-study", None, assignments, {"model.name": m, "pool.select": select}) for m in names]
+    table = run_study(configs, run, seeds=seeds, guidance_scales=guidance_scale or (), stages=stage)
+    given: dict[str, Sequence[object]] = {
+        "-m": names, "-s": configs[0].pool.select, "--guidance-scale": guidance_scale or (), "--set": assignments or (),
+    }  # fmt: skip
+    words = [f"{option} {value}" for option, values in given.items() for value in values]
+    command = " ".join(["mitune bench tune", *words, f"--seeds {seeds} -o {output}"])
+    write_bytes(output, (HEADER.format(command=command) + markdown(pq.read_table(table))).encode())
+    say("Tables", output)
+
+
+@app.command(name="race")
+def bench_race(
+    model: Annotated[
+        list[str] | None, Option("--model", "-m", help="An embedded model, or a folder of such a one. Repeatable.")
+    ] = None,
+    steps: Annotated[int, Option(min=4, help="Sampling steps: a race needs some to save any.")] = 20,
+    guidance_scale: Guidance = None,
+    prompts: Annotated[str, Option("--prompts", "-p", help="Embedded list.")] = "shapes:heldout",
+    per_category: Annotated[int, Option(min=1, help="Prompts of each category, at most.")] = 10,
+    candidates: Annotated[int, Option("--candidates", "-M", min=2, help="Images made for each prompt (M).")] = 32,
+    seed: Annotated[int, Option(help="Seed of the candidates.")] = 0,
+    device: Annotated[str, Option(help="cpu, cuda, cuda:1, mps; auto takes the GPU if there is one.")] = "auto",
+    run: RunFolder = Path("runs/race"),
+    output: Annotated[Path, Option("--output", "-o", help="Markdown.")] = Path("racing.md"),
+) -> None:
+    """What does racing save, and what does it lose? Schedules replayed on full pools, held against the exact judge.
+
+    Example:  mitune bench race -m shapes-sd -m shapes-sd3 --steps 20 --output docs/racing.md
+    """
+    from mitune.bench.race import SCHEDULES, SHOWN, RaceConfig, markdown, outcome_of, page, run_study
+    from mitune.bench.select import some_of_each
+    from mitune.config import ModelConfig
+    from mitune.prompts import load_prompts
+    from mitune.store import write_bytes
+
+    names, listed = model or ["shapes-sd"], some_of_each(load_prompts(prompts), per_category)
+    outcomes = []
+    for name in names:
+        settings = ModelConfig(name=name, steps=steps, guidance_scale=guidance_scale, device=device)
+        with stage(f"Making candidates with {name}") as step:
+            config = RaceConfig(candidates=candidates, seed=seed)
+            runs = run_study(settings, listed, run / Path(name).name, config, step)
+        outcomes += [outcome_of(runs, Path(name).name, score, schedule) for score in SHOWN for schedule in SCHEDULES]
+    scale = "" if guidance_scale is None else f" --guidance-scale {guidance_scale:g}"
+    command = " ".join(
+        ["mitune bench race", *(f"-m {name}" for name in names), f"--steps {steps}{scale} -p {prompts}"]
+        + [f"--per-category {per_category} -M {candidates} --seed {seed} --output {output}"]
+    )
+    write_bytes(output, page(markdown(outcomes, candidates, steps), command).encode())
+    say("Tables", output)
+
+
+@app.command(name="truth")
+def bench_truth(
+    model: Annotated[
+        list[str] | None, Option("--model", "-m", help="An embedded model, or a folder of such a one. Repeatable.")
+    ] = None,
+    scenes: Annotated[int, Option(min=2, help="Rendered scenes a category.")] = 40,
+    draws: Annotated[int, Option(min=4, help="Noisings of each scene and prompt, a multiple of 4.")] = 64,
+    seed: Annotated[int, Option(help="Seed of scenes and noise.")] = 0,
+    output: Annotated[Path, Option("--output", "-o", help="Markdown; the plots go beside it.")] = Path("truth.md"),
+) -> None:
+    """Is the number right? Estimates on rendered scenes against the exact mutual information of the shapes world.
+
+    Example:  mitune bench truth -m shapes-sd -m shapes-sd3 --scenes 40 --output docs/truth.md
+    """
+    from mitune.bench.truth import study
+    from mitune.bench.truth_tables import HEADER, calibration_figure, tables_of
+    from mitune.models import load_model
+    from mitune.store import write_bytes
+
+    names = model or ["shapes-sd"]
+    command = " ".join(["mitune bench truth", *(f"-m {name}" for name in names), f"--scenes {scenes} --draws {draws}"])
+    sections = [HEADER.format(command=f"{command} --seed {seed}")]
+    for name in names:
+        loaded = load_model(settings_of(None, None, None, {"model.name": name}).model)
+        with stage(f"Estimating with {name}") as step:
+            found = study(loaded, scenes=scenes, draws=draws, seed=seed, progress=step)
+        figure = output.with_name(f"{output.stem}-{Path(name).name}.png")
+        write_bytes(figure, calibration_figure(found))
+        sections.append(tables_of(found, figure.name))
+        write_bytes(output, "\n".join(sections).encode())
+    say("Tables", output)

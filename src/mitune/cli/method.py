@@ -1,0 +1,324 @@
+"""The method and its steps: demo, tune, pool, train, generate, score, eval, report."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from typer import Argument, Option
+
+from mitune.cli.options import (
+    Assignments,
+    Candidates,
+    ConfigFile,
+    Device,
+    Guidance,
+    Keep,
+    ModelName,
+    Preset,
+    PromptSource,
+    Race,
+    RunFolder,
+    Seed,
+    Selection,
+    console,
+    say,
+    settings_of,
+    stage,
+)
+from mitune.config import HALVING, Config
+from mitune.errors import MituneError
+
+app = typer.Typer()
+
+
+def _rungs(race: bool | None) -> list[list[float]] | None:
+    """The rungs that --race and --no-race stand for; None where neither is given."""
+    return None if race is None else [list(rung) for rung in HALVING if race]
+
+
+@app.command()
+def demo(
+    run: RunFolder = Path("runs/demo"),
+    model: ModelName = None,
+    candidates: Candidates = None,
+) -> None:
+    """The whole method on an embedded model, in a few minutes on a laptop.
+
+    Candidates are made, scored and selected, the model is fine-tuned on the best, and judged before and after against
+    an exact truth. Look at report.html in the run folder.
+
+    Example:  mitune demo --model shapes-sd3 --run runs/demo-sd3
+    """
+    config = settings_of("demo", None, None, {"model.name": model, "pool.candidates": candidates})
+    _tune(config, run)
+
+
+@app.command()
+def tune(
+    preset: Preset = None,
+    config_file: ConfigFile = None,
+    model: ModelName = None,
+    prompts: PromptSource = None,
+    eval_prompts: Annotated[
+        str | None, Option(help="Held-out prompts to judge by; needs a model with a judge.")
+    ] = None,
+    candidates: Candidates = None,
+    keep: Keep = None,
+    select: Selection = None,
+    rounds: Annotated[int | None, Option(help="Rounds of pool and fine-tuning (R).")] = None,
+    guidance_scale: Guidance = None,
+    race: Race = None,
+    seed: Seed = None,
+    device: Device = None,
+    assignments: Assignments = None,
+    run: RunFolder = Path("runs/tune"),
+) -> None:
+    """The whole of Algorithm 1: pool, selection, fine-tuning, R rounds; then the verdict and the report.
+
+    Examples:
+
+    mitune tune --preset mi-tune-sd21 --prompts prompts.txt --run runs/sd21
+
+    mitune tune --prompts shapes:train/color --eval-prompts shapes:heldout/color -s self-confidence -s random
+    """
+    options = {
+        "model.name": model, "model.guidance_scale": guidance_scale, "model.device": device, "prompts": prompts,
+        "eval_prompts": eval_prompts, "pool.candidates": candidates, "pool.keep": keep, "pool.select": select,
+        "pool.race": _rungs(race), "pool.seed": seed, "rounds": rounds,
+    }  # fmt: skip
+    _tune(settings_of(preset, config_file, assignments, options), run)
+
+
+def _tune(config: Config, run: Path) -> None:
+    from mitune.report.build import headline
+    from mitune.tuning import tune as run_tune
+
+    result = run_tune(config, run, stages=stage)
+    if result.verdict is not None:
+        console.print(headline(run))
+    for name, folder in result.adapters.items():
+        say(f"Adapter {name}", folder)
+    say("Report", result.report)
+
+
+@app.command()
+def pool(
+    preset: Preset = None,
+    config_file: ConfigFile = None,
+    model: ModelName = None,
+    prompts: PromptSource = None,
+    candidates: Candidates = None,
+    keep: Keep = None,
+    select: Selection = None,
+    guidance_scale: Guidance = None,
+    seed: Seed = None,
+    device: Device = None,
+    race: Race = None,
+    adapter: Annotated[Path | None, Option(help="Adapter of an earlier round.")] = None,
+    shard: Annotated[
+        str, Option(help="i/n: make every n-th prompt from the i-th on; n such commands share a folder.")
+    ] = "1/1",
+    assignments: Assignments = None,
+    run: RunFolder = Path("runs/pool"),
+) -> None:
+    """Make M candidates for every prompt, score them while they are made, keep the best k.
+
+    Example:  mitune pool --model shapes-sd --prompts shapes:train/color -M 16 -s self-confidence --run runs/color
+    """
+    from mitune.metrics.judgment import metric_for
+    from mitune.models import adapter_checksum, load_model
+    from mitune.pool import build_pool
+    from mitune.prompts import load_prompts
+
+    options = {
+        "model.name": model, "model.guidance_scale": guidance_scale, "model.device": device, "prompts": prompts,
+        "pool.candidates": candidates, "pool.keep": keep, "pool.select": select, "pool.seed": seed,
+        "pool.race": _rungs(race),
+    }  # fmt: skip
+    config = settings_of(preset, config_file, assignments, options)
+    loaded = load_model(config.model, adapter=adapter)
+    texts = [listed.text for listed in load_prompts(config.prompts, loaded.pipe)]
+    with stage("Making and scoring candidates") as step:
+        result = build_pool(
+            loaded,
+            texts,
+            run / "pool",
+            config.pool,
+            metric=metric_for(config.model.name, texts),
+            shard=_parse_shard(shard),
+            identity=adapter_checksum(adapter),
+            progress=step,
+        )
+    if not result.sets:
+        console.print("This shard is done; the sets are written when all prompts have their records.")
+    for name, folder in result.sets.items():
+        say(f"Set {name}", folder)
+    if result.denoiser_calls < result.unraced_calls:
+        console.print(
+            f"The race took {result.denoiser_calls:,} denoiser calls instead of {result.unraced_calls:,}, "
+            f"{result.unraced_calls / result.denoiser_calls:.1f}× fewer."
+        )
+    if result.broken:
+        console.print(f"{result.broken} of {result.candidates} candidates came out as NaN and were left out.")
+
+
+def _parse_shard(text: str) -> tuple[int, int]:
+    first, _, count = text.partition("/")
+    if not (first.isdigit() and count.isdigit() and 1 <= int(first) <= int(count)):
+        raise MituneError(f"--shard {text!r} needs the form i/n with 1 <= i <= n, e.g. 2/4.")
+    return int(first) - 1, int(count)
+
+
+@app.command()
+def train(
+    dataset: Annotated[Path, Argument(exists=True, file_okay=False, help="A fine-tuning set, made by `mitune pool`.")],
+    output: Annotated[Path, Option("--output", "-o", help="Folder for the adapter.")] = Path("adapter"),
+    preset: Preset = None,
+    config_file: ConfigFile = None,
+    model: ModelName = None,
+    device: Device = None,
+    start_from: Annotated[Path | None, Option(help="Adapter to go on from.")] = None,
+    fused: Annotated[
+        Path | None, Option(help="Also write the whole model with the adapter merged into it, here.")
+    ] = None,
+    assignments: Assignments = None,
+) -> None:
+    """Fine-tune a LoRA or DoRA adapter on a set, from its cached latents and embeddings alone.
+
+    Example:  mitune train runs/color/sets/self-confidence --set finetune.adapter=dora -o runs/color/adapter
+    """
+    from mitune.adapter import export_fused
+    from mitune.finetuning import finetune
+
+    config = settings_of(preset, config_file, assignments, {"model.name": model, "model.device": device})
+    with stage("Fine-tuning") as step:
+        result = finetune(
+            config.model,
+            dataset,
+            output,
+            config.finetune,
+            start_from=start_from,
+            progress=lambda done, total, _loss: step(done, total),
+        )
+    say("Adapter, for pipe.load_lora_weights", result.adapter)
+    if fused is not None:
+        export_fused(config.model, result.adapter, fused)
+        say("Whole model with the adapter merged", fused)
+
+
+@app.command()
+def generate(
+    prompts: Annotated[list[str], Argument(help="One or more prompts, in quotes.")],
+    output: Annotated[Path, Option("--output", "-o", help="Folder for the pictures.")] = Path("images"),
+    model: ModelName = None,
+    adapter: Annotated[Path | None, Option(help="Adapter folder.")] = None,
+    images: Annotated[int, Option("--images", "-n", min=1, help="Images a prompt.")] = 4,
+    guidance_scale: Guidance = None,
+    seed: Annotated[int, Option(help="Seed.")] = 0,
+    device: Device = None,
+) -> None:
+    """Make images for prompts, and print the scores that come free with them.
+
+    Example:  mitune generate "a red circle and a blue square" --model shapes-sd -o images
+    """
+    from mitune.generate import Request, candidate_seed, decode, default_batch_size, generate_all
+    from mitune.information import SCORES
+    from mitune.models import load_model
+    from mitune.store import write_image
+
+    options = {"model.name": model, "model.guidance_scale": guidance_scale, "model.device": device}
+    config = settings_of(None, None, None, options)
+    loaded = load_model(config.model, adapter=adapter)
+    batch_size = default_batch_size(loaded.pipe._execution_device)
+    requests = [Request(prompt=p, seed=candidate_seed(seed, p, j)) for p in prompts for j in range(images)]
+    done = 0
+    with stage("Making images") as step:
+        for chunk, batch in generate_all(loaded, requests, min(len(requests), batch_size)):
+            shown = {name: SCORES[name](batch.trace) for name in ("mi-tune", "self-confidence")}
+            for row, image in enumerate(decode(loaded, batch.latents)):
+                file = output / f"{(done + row) // images + 1:03d}-{(done + row) % images + 1:03d}.png"
+                write_image(file, image)
+                values = "  ".join(f"{name} {values[row].item():.3f}" for name, values in shown.items())
+                console.print(f"{file}  {values}  {chunk[row].prompt}", markup=False)
+            done += len(chunk)
+            step(done, len(requests))
+
+
+@app.command()
+def score(
+    image: Annotated[Path, Argument(exists=True, dir_okay=False, help="A picture.")],
+    prompt: Annotated[str, Argument(help="The prompt to hold it against, in quotes.")],
+    model: ModelName = None,
+    adapter: Annotated[Path | None, Option(help="Adapter folder.")] = None,
+    estimator: Annotated[
+        Literal["standard", "orthogonal", "self-confidence"], Option(help="What is estimated.")
+    ] = "orthogonal",
+    draws: Annotated[int, Option(min=4, help="Noisings, a multiple of 4; the error falls with their root.")] = 64,
+    seed: Annotated[int, Option(help="Seed of the noise.")] = 0,
+    heat_map: Annotated[
+        Path | None, Option(help="Also save where in the picture the information lies, as a PNG.")
+    ] = None,
+    device: Device = None,
+) -> None:
+    """Point-wise mutual information between a picture and a prompt, in nats, with its standard error.
+
+    Example:  mitune score images/001-001.png "a red circle and a blue square" --model shapes-sd --heat-map map.png
+    """
+    from PIL import Image
+
+    from mitune.models import load_model
+    from mitune.scoring import save_heat_map
+    from mitune.scoring import score as score_images
+
+    config = settings_of(None, None, None, {"model.name": model, "model.device": device})
+    loaded = load_model(config.model, adapter=adapter)
+    picture = Image.open(image).convert("RGB")
+    result = score_images(
+        loaded.pipe, [picture], [prompt], estimator=estimator, draws=draws, seed=seed, call=loaded.call
+    )
+    typer.echo(str(result.estimates[0]))
+    if heat_map is not None:
+        save_heat_map(heat_map, picture, result.maps[0])
+
+
+@app.command(name="eval")
+def evaluate(
+    run: Annotated[Path, Argument(exists=True, file_okay=False, help="A run folder with adapters.")],
+    prompts: PromptSource = None,
+    images: Annotated[int | None, Option("--images", "-n", help="Images a prompt.")] = None,
+    guidance: Annotated[
+        list[float] | None, Option(help="Also judge the base at this guidance scale. Repeatable.")
+    ] = None,
+) -> None:
+    """Judge base and tuned models of a run on held-out prompts: same prompts, same seeds, paired intervals.
+
+    Example:  mitune eval runs/demo --images 8 --guidance 1.5 --guidance 3 --guidance 4
+    """
+    from mitune.report.build import build_report, headline
+    from mitune.settings import from_mapping, read_yaml
+    from mitune.tuning import judge_run
+
+    config = from_mapping(read_yaml(run / "config.yaml"))
+    judged = replace(
+        config.eval,
+        images=images or config.eval.images,
+        guidance_scales=tuple(guidance or config.eval.guidance_scales),
+    )
+    source = prompts or config.eval_prompts or "shapes:heldout"
+    judge_run(replace(config, eval=judged, eval_prompts=source), run, stages=stage)
+    console.print(headline(run))
+    say("Report", build_report(run))
+
+
+@app.command()
+def report(run: Annotated[Path, Argument(exists=True, file_okay=False, help="A run folder.")]) -> None:
+    """Write a run's report.html anew: one self-contained file.
+
+    Example:  mitune report runs/demo
+    """
+    from mitune.report.build import build_report
+
+    say("Report", build_report(run))

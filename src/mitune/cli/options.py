@@ -1,0 +1,81 @@
+"""What the commands share: their options, the settings that these make, and how progress is shown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from typer import Option
+
+from mitune.config import Config
+from mitune.settings import PRESETS, resolve
+
+console = Console(stderr=True)
+
+Preset = Annotated[str | None, Option(help=f"Settings by name: {', '.join(PRESETS)}.")]
+ConfigFile = Annotated[Path | None, Option("--config", exists=True, dir_okay=False, help="YAML file of settings.")]
+Assignments = Annotated[
+    list[str] | None, Option("--set", metavar="KEY=VALUE", help="Any setting, e.g. --set finetune.rank=16. Repeatable.")
+]
+ModelName = Annotated[
+    str | None, Option("--model", "-m", help="Hub id, diffusers folder, or an embedded model: shapes-sd, shapes-sd3.")
+]
+Guidance = Annotated[float | None, Option(help="Guidance scale; the model's own default if left out.")]
+PromptSource = Annotated[
+    str | None, Option("--prompts", "-p", help="Text file, one prompt a line, or an embedded list: shapes:train/color.")
+]
+Candidates = Annotated[int | None, Option("--candidates", "-M", help="Images made for each prompt (M).")]
+Keep = Annotated[int | None, Option("--keep", "-k", help="Images kept for each prompt (k).")]
+Selection = Annotated[
+    list[str] | None,
+    Option("--select", "-s", help="Score or control that picks, e.g. self-confidence, mi-tune, random. Repeatable."),
+]
+Race = Annotated[
+    bool | None,
+    Option("--race/--no-race", help="Drop half-way what cannot win by its score so far; other rungs: pool.race."),
+]
+Seed = Annotated[int | None, Option(help="Seed of the candidates.")]
+Device = Annotated[str | None, Option(help="cpu, cuda, cuda:1, mps; the GPU if there is one.")]
+RunFolder = Annotated[Path, Option("--run", "-r", help="Run folder; the same command goes on where it stopped.")]
+
+
+def settings_of(
+    preset: str | None, file: Path | None, assignments: list[str] | None, options: dict[str, Any]
+) -> Config:
+    """The resolved settings; options that were not given (None) leave the preset's or the file's value."""
+    nested: dict[str, Any] = {}
+    for key, value in options.items():
+        if value is not None:
+            section, _, name = key.rpartition(".")
+            (nested.setdefault(section, {}) if section else nested)[name] = value
+    return resolve(preset=preset, file=file, assignments=assignments or (), options=nested)
+
+
+def say(what: str, path: Path) -> None:
+    """Says where something was written."""
+    console.print(f"{what}: [bold]{escape(str(path))}[/]")
+
+
+@contextmanager
+def stage(title: str) -> Iterator[Any]:
+    """A progress bar with the time left."""
+    columns = (
+        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("left"), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=console) as bars:
+        bar = bars.add_task(title, total=None)
+        yield lambda done, total: bars.update(bar, completed=done, total=total)

@@ -1,0 +1,108 @@
+"""The embedded shapes world: prompts, check, figure, train."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer import Argument, Option
+
+from mitune.cli.options import Guidance, settings_of, stage
+from mitune.errors import MituneError
+
+app = typer.Typer(no_args_is_help=True, help="The embedded shapes world: its models, prompts and judge.")
+
+
+@app.command(name="prompts")
+def shapes_prompts(
+    name: Annotated[str, Argument(help="train or heldout, with a category if you like.")] = "train",
+) -> None:
+    """Print an embedded prompt list, e.g. for a file of your own.
+
+    Example:  mitune shapes prompts heldout/color
+    """
+    from mitune.prompts import load_prompts
+
+    for listed in load_prompts(f"shapes:{name}"):
+        typer.echo(listed.text)
+
+
+@app.command(name="check")
+def shapes_check(
+    model: Annotated[
+        str, Option("--model", "-m", help="shapes-sd, shapes-sd3, or a folder of such a model.")
+    ] = "shapes-sd",
+    scenes: Annotated[int, Option(min=1, help="Rendered scenes a category, for what the model knows.")] = 500,
+    images: Annotated[int, Option(min=1, help="Samples a held-out prompt, for what it shows.")] = 4,
+    guidance_scale: Guidance = None,
+    category: Annotated[list[str] | None, Option(help="Only this category. Repeatable.")] = None,
+    output: Annotated[Path | None, Option("--output", "-o", help="Also write the table here, as Markdown.")] = None,
+) -> None:
+    """What a model knows (prompt against its hard negatives, on rendered scenes) and what it shows (its samples).
+
+    Example:  mitune shapes check --model shapes-sd --scenes 100
+    """
+    from mitune.models import load_model
+    from mitune.shapes.check import check_category, markdown
+    from mitune.shapes.grammar import CATEGORIES
+    from mitune.store import write_bytes
+
+    unknown = set(category or ()) - set(CATEGORIES)
+    if unknown:
+        raise MituneError(f"Unknown category {min(unknown)!r}; choose from {', '.join(CATEGORIES)}.")
+    loaded = load_model(
+        settings_of(None, None, None, {"model.name": model, "model.guidance_scale": guidance_scale}).model
+    )
+    checks = []
+    wanted = category or list(CATEGORIES)
+    with stage(f"Checking {model}") as step:
+        for done, name in enumerate(wanted):
+            step(done, len(wanted))
+            checks.append(check_category(loaded, name, scenes=scenes, images=images))
+        step(len(wanted), len(wanted))
+    table = markdown(checks)
+    typer.echo(table)
+    if output is not None:
+        write_bytes(output, table.encode())
+
+
+@app.command(name="figure")
+def shapes_figure(
+    output: Annotated[Path, Argument(help="PNG file.")],
+    model: Annotated[str, Option("--model", "-m", help="An embedded model.")] = "shapes-sd",
+    images: Annotated[int, Option("--images", "-n", min=1, help="Samples a prompt.")] = 8,
+    seed: Annotated[int, Option(help="Seed.")] = 0,
+) -> None:
+    """A grid of prompts and samples, each framed by the judge's verdict.
+
+    Example:  mitune shapes figure docs/shapes-sd.png --model shapes-sd
+    """
+    from mitune.models import load_model
+    from mitune.shapes.figure import save_grid
+
+    loaded = load_model(settings_of(None, None, None, {"model.name": model}).model)
+    save_grid(loaded, output, images=images, seed=seed)
+
+
+@app.command(name="train")
+def shapes_train(
+    work: Annotated[Path, Argument(help="Folder for checkpoints; the same command goes on where it stopped.")],
+    output: Annotated[Path, Option("--output", "-o", help="Folder for the finished models.")] = Path("models"),
+    model: Annotated[list[str] | None, Option("--model", "-m", help="Only this model. Repeatable.")] = None,
+    scenes: Annotated[int, Option(min=1, help="Scenes to train on for each prompt.")] = 20,
+) -> None:
+    """Train the embedded models from nothing: the VAE, then shapes-sd and shapes-sd3. Takes hours on 2 cores.
+
+    Example:  mitune shapes train work --output src/mitune/shapes/models
+    """
+    import logging
+
+    from mitune.models import EMBEDDED
+    from mitune.shapes.train import train_all
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    unknown = set(model or ()) - set(EMBEDDED)
+    if unknown:
+        raise MituneError(f"Unknown embedded model {min(unknown)!r}; choose from {', '.join(EMBEDDED)}.")
+    train_all(work, output, model or list(EMBEDDED), scenes=scenes)
