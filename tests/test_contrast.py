@@ -225,7 +225,7 @@ def test_a_score_in_a_run_is_that_of_the_study(model):
     """Paying for the needed prompts, levels and candidates alone changes nothing."""
     latents = torch.randn(7, 4, 8, 8, generator=torch.Generator().manual_seed(3))
     rivals = {NEGATIVES: ["a blue ball", "two red cubes"], WIDER: ["two red balls"], WORDS: ["a ball"]}
-    free = {"self-confidence-late": torch.arange(7.0)}
+    free = {"self-confidence": torch.arange(7.0)}
     evidence = gather(model, latents, "a red ball", rivals)
     for name in ("margin-negatives-sparse", "normalized-wide", "information-words", "confidence-early"):
         torch.testing.assert_close(
@@ -234,9 +234,17 @@ def test_a_score_in_a_run_is_that_of_the_study(model):
     ranked = post_hoc("ranks-margin-negatives", model, latents, "a red ball", rivals, free)
     torch.testing.assert_close(ranked, COMBINATIONS["ranks-margin-negatives"](free, evidence))
     staged = post_hoc("stages-margin-negatives", model, latents, "a red ball", rivals, free)
-    assert staged.isfinite().nonzero().flatten().tolist() == [5, 6]
+    assert staged.isfinite().nonzero().flatten().tolist() == [4, 5, 6]
     whole = COMBINATIONS["stages-margin-negatives"](free, evidence)
     assert staged.nan_to_num(-math.inf).argmax() == whole.argmax()
+
+
+def test_without_rivals_the_free_score_decides_in_two_stages(model):
+    latents = torch.randn(5, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    free = {"self-confidence": torch.tensor([0.1, 0.4, float("nan"), 0.3, 0.2])}
+    alone = post_hoc("contrast", model, latents, "thoughts", {NEGATIVES: []}, free)
+    torch.testing.assert_close(alone, free["self-confidence"].double(), equal_nan=True)
+    assert post_hoc("normalized-negatives", model, latents, "thoughts", {NEGATIVES: []}, free).isnan().all()
 
 
 def test_a_pool_selects_by_contrast(model, tmp_path):
@@ -244,7 +252,7 @@ def test_a_pool_selects_by_contrast(model, tmp_path):
     names = ("normalized-wide", "stages-margin-negatives")
     config = PoolConfig(candidates=8, keep=1, select=names, batch_size=8)
     rows = pq.read_table(build_pool(model, ["a circle and a square"], tmp_path / "pool", config).table).to_pydict()
-    for name, paid in zip(names, (8, 2), strict=True):
+    for name, paid in zip(names, (8, 4), strict=True):
         values = torch.tensor(rows[f"score.{name}"])
         assert values.isfinite().sum() == paid
         assert rows[f"kept.{name}"].index(True) == values.nan_to_num(-math.inf).argmax()

@@ -295,19 +295,23 @@ class Combination:
         return two_stage(first, second, self.kept(len(first)))
 
 
-_GUARD = "self-confidence-late"
-_SHARE = 0.2  # of the candidates that the second stage sees
+_GUARD = "self-confidence"
+_SHARE = 0.4  # of the candidates that the second stage sees
 _COMBINED = tuple(
     CONTRASTS[f"{name}-{rivals}"]
     for name in ("margin", "normalized", "standardized", "information")
     for rivals in ("negatives", "wide")
 )
+
+
+def _two_stages(name: str, contrast: Contrast) -> Combination:
+    return Combination(name, _GUARD, replace(contrast, band=BANDS["single"]), "two stages", _SHARE)
+
+
 _ALL_COMBINATIONS = (
+    _two_stages("contrast", CONTRASTS["normalized-negatives"]),  # the one to use: docs/selection.md
     *(Combination(f"ranks-{each.name}", _GUARD, each, "mean rank") for each in _COMBINED),
-    *(
-        Combination(f"stages-{each.name}", _GUARD, replace(each, band=BANDS["middle"]), "two stages", _SHARE)
-        for each in _COMBINED
-    ),
+    *(_two_stages(f"stages-{each.name}", each) for each in _COMBINED if each.name != "normalized-negatives"),
 )
 COMBINATIONS: Mapping[str, Combination] = MappingProxyType({each.name: each for each in _ALL_COMBINATIONS})
 POST_HOC = (*CONTRASTS, *COMBINATIONS)  # what `post_hoc` knows
@@ -450,13 +454,16 @@ def post_hoc(
     """The contrast or combination of that name for the candidates (N, C, H, W) of a prompt, (N,), float64.
 
     rivals: by kind, as `Contrast.rivals` names them; free: the on-line scores (N,). Only what the score needs is
-    paid for: in two stages, candidates that the free score leaves out come back as NaN.
+    paid for: in two stages, candidates that the free score leaves out come back as NaN, and if there is no rival the
+    free score decides alone.
     """
     combination = COMBINATIONS.get(name)
     contrast = CONTRASTS[name] if combination is None else combination.contrast
     kept = torch.arange(len(latents))
     if combination is not None and combination.how == "two stages":
         kept = _best(free[combination.free], combination.kept(len(latents)))
+        if contrast.rivals and not any(rivals[kind] for kind in contrast.rivals):
+            return free[combination.free].double()
     evidence = gather(
         model,
         latents[kept],

@@ -17,13 +17,13 @@ from mitune.store import write_bytes
 Nested = dict[str, Any]
 
 _SHAPES_FINETUNE: Nested = {
-    "adapter": "lora", "rank": 16, "alpha": 16.0, "learning_rate": 2e-4, "batch_size": 64, "iterations": 200,
+    "adapter": "lora", "rank": 16, "alpha": 16.0, "learning_rate": 8e-4, "batch_size": 64, "iterations": 200,
     "timesteps": [0.5, 1.0], "ema": 0.98,
 }  # fmt: skip
 PRESETS: Mapping[str, Nested] = {
     "demo": {
         "model": {"name": "shapes-sd"},
-        "pool": {"candidates": 16, "keep": 4, "batch_size": 64},
+        "pool": {"candidates": 16, "keep": 4, "select": ["contrast"], "batch_size": 64},
         "finetune": _SHAPES_FINETUNE,
         "eval": {"images": 2, "batch_size": 64},
         "prompts": "shapes:train",
@@ -33,7 +33,7 @@ PRESETS: Mapping[str, Nested] = {
     "shapes-study": {
         "model": {"name": "shapes-sd"},
         "pool": {
-            "candidates": 50, "batch_size": 100, "select": ["self-confidence", "mi-tune", "random", "oracle"],
+            "candidates": 50, "batch_size": 100, "select": ["contrast", "self-confidence", "mi-tune", "random", "oracle"],
         },
         "finetune": _SHAPES_FINETUNE,
         "eval": {"images": 4, "batch_size": 100},

@@ -40,7 +40,8 @@ SHOWN = (
     "margin-negatives", "normalized-negatives", "standardized-negatives", "information-negatives", "margin-wide",
     "normalized-wide", "standardized-wide", "information-wide", "normalized-negatives-early",
     "normalized-negatives-middle", "normalized-negatives-single", "ranks-normalized-negatives",
-    "ranks-normalized-wide", "ranks-information-wide", "stages-normalized-negatives", "stages-normalized-wide",
+    "ranks-normalized-wide", "ranks-information-wide", "contrast", "stages-normalized-wide",
+    "stages-standardized-negatives",
 )  # fmt: skip
 MARGIN = "margin-negatives"  # above 0: the asked prompt beats all its hard negatives
 
