@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -23,7 +24,7 @@ def table(**right):
                             "prompt": f"prompt {prompt}", "category": "color", "split": "seen", "image": image,
                             "seed": 2 * seed + image, "exact": prompt < count, "graded": 1.0, "malformed": False,
                             "drawn": "a scene" if variant == "oracle" else f"scene {image}",
-                            "information": 8.0 if variant == "oracle" else 2.0,
+                            "information": 8.0 if variant == "oracle" else 2.0, "picked_right": 0.25 * (1 + seed),
                         }
                     )  # fmt: skip
     return pa.Table.from_pylist(rows)
@@ -38,6 +39,7 @@ def test_gains_are_paired_and_held_against_the_oracle():
     assert score.of_oracle == pytest.approx(0.6)  # 0.3 of 0.5
     assert (oracle.response, oracle.distinct) == (2, 0.5)  # ‖Δε‖ doubles where its square is four times as large
     assert score.over_base.low > 0
+    assert score.picked_right == pytest.approx(0.375)  # the mean over seeds
 
 
 def test_without_a_clear_gain_of_the_oracle_there_is_no_share_of_it():
@@ -57,6 +59,13 @@ def test_command_runs_and_goes_on(tmp_path):
     rows = pq.read_table(tmp_path / "run" / "images.parquet")
     assert rows.num_rows == 40 * 2 * 2  # prompts × variants × guidance scales
     assert set(rows["guidance_scale"].to_pylist()) == {1.2, 2.0}
+    pool = pq.read_table(tmp_path / "run" / "shapes-sd-0" / "round-1" / "pool" / "candidates.parquet").to_pylist()
+    right = {False: [], True: []}
+    for row in pool:
+        right[row["kept.self-confidence"]].append(row["exact"] and not row["malformed"])
+    shares = {row["variant"]: row["picked_right"] for row in rows.to_pylist()}
+    assert shares["self-confidence"] == pytest.approx(np.mean(right[True]))
+    assert shares["base"] == pytest.approx(np.mean(right[False] + right[True]))
     written = (tmp_path / "gains.md").read_text(encoding="utf-8")
     assert "--guidance-scale 1.2" in written
     assert "| shapes-sd, 2 | self-confidence |" in written

@@ -33,7 +33,8 @@ PRESETS: Mapping[str, Nested] = {
     "shapes-study": {
         "model": {"name": "shapes-sd"},
         "pool": {
-            "candidates": 50, "batch_size": 100, "select": ["contrast", "self-confidence", "mi-tune", "random", "oracle"],
+            "candidates": 50, "batch_size": 100,
+            "select": ["contrast", "self-confidence", "mi-tune", "random", "oracle"],
         },
         "finetune": _SHAPES_FINETUNE,
         "eval": {"images": 4, "batch_size": 100},

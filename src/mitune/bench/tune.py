@@ -7,7 +7,7 @@ and adapters are judged at every guidance scale, with the same prompts and seeds
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,7 +23,7 @@ from mitune.config import Config
 from mitune.errors import MituneError
 from mitune.evaluation import Variant, evaluate
 from mitune.metrics.judgment import metric_for
-from mitune.metrics.statistics import POOLED, Interval, bootstrap, markdown_table, numbers, summarize
+from mitune.metrics.statistics import POOLED, Interval, bootstrap, flags, markdown_table, numbers, summarize
 from mitune.models import load_model
 from mitune.prompts import load_prompts
 from mitune.selection import ORACLE
@@ -39,7 +39,8 @@ Each model makes a pool of candidates for its training prompts. From it a set is
 by the exact judge (*oracle*: what a perfect score would pick); an adapter is fine-tuned on each set and judged on
 held-out prompts, half of them with combinations that no training prompt has, with the prompts and seeds of the base.
 
-*exact*: share of images that are exactly right, over all held-out prompts, each with the same weight. *− base*: at the
+*picks right*: share of the images that the adapter was fine-tuned on that are exactly right; for the base, of all
+candidates. *exact*: the same share of images of held-out prompts, each with the same weight. *− base*: at the
 same guidance scale; *− base at its best*: over the base at that one of the scales shown where it is right most often.
 Intervals are 95 % bootstrap intervals over prompts, paired; bold ones hold no zero. *by seed*: each with a pool, an
 adapter and images of its own. *‖Δε‖*: how far the prompt moves the denoiser's output along the trajectory. *distinct
@@ -73,6 +74,7 @@ def run_study(
         for seed in range(seeds):
             run, seeded = folder / f"{name}-{seed}", _with_seed(config, seed)
             adapters = tune(replace(seeded, eval_prompts=None), run, stages=stages).adapters
+            picked = _picked_right(run / f"round-{config.rounds}" / "pool" / "candidates.parquet", adapters)
             variants = [Variant(name=BASE), *(Variant(name=slug, adapter=path) for slug, path in adapters.items())]
             for scale in dict.fromkeys([base.guidance_scale, *guidance_scales]):
                 at_scale = replace(seeded, model=replace(config.model, guidance_scale=scale))
@@ -81,7 +83,8 @@ def run_study(
                 table = pq.read_table(file)
                 for column, value in {"model": name, "guidance_scale": scale, "tuning_seed": seed}.items():
                     table = table.append_column(column, [[value] * len(table)])
-                tables.append(table)
+                shares = [picked[variant] for variant in table["variant"].to_pylist()]
+                tables.append(table.append_column("picked_right", [shares]))
     target = folder / "images.parquet"
     write_table(target, pa.concat_tables(tables))
     return target
@@ -95,6 +98,13 @@ def _with_seed(config: Config, seed: int) -> Config:
         finetune=replace(config.finetune, seed=config.finetune.seed + seed),
         eval=replace(config.eval, seed=config.eval.seed + seed),
     )
+
+
+def _picked_right(pool: Path, selections: Iterable[str]) -> dict[str, float]:
+    """Which share of the candidates that each selection kept is right and well drawn; of all of them for the base."""
+    table = pq.read_table(pool)
+    right = numbers(table, "exact") * ~flags(table, "malformed")
+    return {BASE: float(right.mean())} | {s: float(right[flags(table, f"kept.{s}")].mean()) for s in selections}
 
 
 def _judging(stages: Stages, scale: float, variant: Variant) -> AbstractContextManager[Step]:
@@ -111,6 +121,7 @@ class Gain:
     model: str
     guidance_scale: float
     variant: str
+    picked_right: float  # share of the images that the adapter was trained on; of all candidates for the base
     exact: Interval
     over_base: Interval  # at the same guidance scale
     over_best: Interval  # over the base at the scale that suits it best
@@ -139,6 +150,7 @@ def gains(rows: pa.Table) -> list[Gain]:
                 model=model,
                 guidance_scale=scale,
                 variant=variant,
+                picked_right=float(numbers(part, "picked_right").mean()),
                 exact=exact,
                 over_base=over_base,
                 over_best=over_best,
@@ -171,16 +183,20 @@ def _distinct(part: pa.Table) -> float:
 
 def markdown(rows: pa.Table) -> str:
     """The figures as Markdown: all gains, and those at the first guidance scale by category."""
-    head = "| model, guidance | variant | exact | − base | − base at its best | by seed | of the oracle's gain |"
-    lines = [f"{head} malformed | ‖Δε‖ ÷ base's | distinct scenes |", "|---|---|---|---|---|---|--:|--:|--:|--:|"]
+    head = "| model, guidance | variant | picks right | exact | − base | − base at its best | by seed |"
+    lines = [
+        f"{head} of the oracle's gain | malformed | ‖Δε‖ ÷ base's | distinct scenes |",
+        f"|---|---|--:{'|---' * 4}{'|--:' * 4}|",
+    ]
     for gain in gains(rows):
         by_seed = ", ".join(f"{value:+.3f}" for value in gain.by_seed)
         share = "–" if math.isnan(gain.of_oracle) else f"{gain.of_oracle:.0%}"
         differences = [_signed(interval) for interval in (gain.over_base, gain.over_best)]
-        lines.append(
-            f"| {gain.model}, {gain.guidance_scale:g} | {gain.variant} | {gain.exact} | {' | '.join(differences)} "
-            f"| {by_seed} | {share} | {gain.malformed:.3f} | {gain.response:.2f} | {gain.distinct:.2f} |"
-        )
+        cells = [
+            f"{gain.model}, {gain.guidance_scale:g}", gain.variant, f"{gain.picked_right:.3f}", str(gain.exact),
+            *differences, by_seed, share, f"{gain.malformed:.3f}", f"{gain.response:.2f}", f"{gain.distinct:.2f}",
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
     sections = ["\n".join(lines) + "\n"]
     for model in dict.fromkeys(rows["model"].to_pylist()):
         own = rows.filter(pc.equal(rows["model"], model))
