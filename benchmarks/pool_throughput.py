@@ -1,4 +1,4 @@
-"""What is the pool worth?  `build_pool` against a plain loop over the bare pipeline that scores in a second pass.
+"""What is the pool worth?  `build_pool` with a race against a plain loop over the bare pipeline that scores afterwards.
 
     python benchmarks/pool_throughput.py
 
@@ -18,26 +18,26 @@ from typing import Any
 import torch
 from timing import cost_ratio, print_table
 
-from mitune.config import ModelConfig, PoolConfig
+from mitune.config import HALVING, ModelConfig, PoolConfig
 from mitune.models import load_model
 from mitune.pool import build_pool
 from mitune.shapes.prompts import prompt_list
-
-SETTINGS: dict[str, Any] = {}  # of the pool, beside its size
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=4)
-    parser.add_argument("--candidates", type=int, default=16)
+    parser.add_argument("--candidates", type=int, default=50)
     parser.add_argument("--batch", type=int, default=32, help="Of the pool, which fills it from several prompts.")
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--no-race", action="store_true")
     parser.add_argument("--pairs", type=int, default=3)
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     model = load_model(ModelConfig(name="shapes-sd", steps=arguments.steps))
     prompts = [listed.text for listed in prompt_list("color")[: arguments.prompts]]
-    config = PoolConfig(candidates=arguments.candidates, batch_size=arguments.batch, **SETTINGS)
+    race = () if arguments.no_race else HALVING
+    config = PoolConfig(candidates=arguments.candidates, batch_size=arguments.batch, race=race)
 
     def ours() -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -49,8 +49,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                 best_of(model.pipe, prompt, config.candidates, model.call).save(Path(folder) / f"{index}.png")
 
     ratio = cost_ratio(loop, ours, arguments.pairs)
-    columns = ["model", "prompts", "candidates", "steps", "pools in the time of the loop", "target"]
-    print_table(columns, [["shapes-sd", len(prompts), config.candidates, arguments.steps, ratio, "≥ 3"]])
+    columns = ["model", "prompts", "candidates", "steps", "race", "pools in the time of the loop", "target"]
+    raced = "no" if arguments.no_race else "yes"
+    print_table(columns, [["shapes-sd", len(prompts), config.candidates, arguments.steps, raced, ratio, "≥ 3"]])
 
 
 @torch.no_grad()

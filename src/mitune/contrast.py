@@ -278,6 +278,13 @@ class Combination:
     how: Literal["mean rank", "two stages"]
     share: float = 1.0
 
+    @property
+    def formula(self) -> str:
+        """Both scores, and how they decide."""
+        if self.how == "mean rank":
+            return f"mean rank of {self.free} and {self.contrast.formula}"
+        return f"{self.contrast.formula} of the best {self.share:.0%} by {self.free}"
+
     def kept(self, candidates: int) -> int:
         """How many of the candidates the contrast sees."""
         return math.ceil(self.share * candidates)

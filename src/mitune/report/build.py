@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from mitune.contrast import POST_HOC
+from mitune.contrast import COMBINATIONS, CONTRASTS, POST_HOC
 from mitune.information import SCORES
 from mitune.metrics.statistics import (
     METRICS,
@@ -306,10 +306,11 @@ def _scores(candidates: pa.Table, keep: int, selecting: Sequence[str], where: st
         if not any(len(values) for _, values in groups):
             groups = [("series-0", centered[finite])]
         known = SCORES.get(name)
+        post_hoc = COMBINATIONS.get(name) or CONTRASTS.get(name)
         shown: Context = {
             "name": name,
             "selects": name in selecting,
-            "formula": known.formula if known else "",
+            "formula": known.formula if known else post_hoc.formula if post_hoc else "",
             "source": known.source if known else "",
             "unit": known.unit if known else "",
             "histogram": plots.histogram(groups, f"Distribution of {name}, {where}"),
