@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -244,6 +245,17 @@ class TestPool:
         config = replace(CONFIG, select=("mi-tune", rule))
         with pytest.raises(MituneError, match=r"needs all of them finished; leave that out, or set pool.race=\[\]"):
             build_pool(model, PROMPTS, tmp_path / "pool", config, metric=lambda _images, _prompts: [])
+
+    def test_in_two_stages_the_first_decides_the_race(self, model, tmp_path):
+        config = replace(CONFIG, select=("contrast",))
+        rows = pq.read_table(build_pool(model, PROMPTS, tmp_path / "pool", config).table).to_pylist()
+        alone = build_pool(model, PROMPTS, tmp_path / "alone" / "pool", replace(config, select=("self-confidence",)))
+        assert [row["status"] for row in rows] == pq.read_table(alone.table)["status"].to_pylist()
+        for prompt in PROMPTS:
+            own = [row for row in rows if row["prompt"] == prompt]
+            assert [math.isfinite(row["score.contrast"]) for row in own] == [row["status"] == "ok" for row in own]
+            best = max((row for row in own if row["status"] == "ok"), key=lambda row: row["score.contrast"])
+            assert [row for row in own if row["kept.contrast"]] == [best]
 
     def test_only_those_that_stay_are_judged(self, model, tmp_path):
         from mitune.metrics.judgment import Judgment

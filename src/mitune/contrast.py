@@ -322,6 +322,7 @@ _ALL_COMBINATIONS = (
 )
 COMBINATIONS: Mapping[str, Combination] = MappingProxyType({each.name: each for each in _ALL_COMBINATIONS})
 POST_HOC = (*CONTRASTS, *COMBINATIONS)  # what `post_hoc` knows
+FIRST_STAGES = {each.name: each.free for each in _ALL_COMBINATIONS if each.how == "two stages"}
 
 
 # --- The evidence ------------------------------------------------------------------------------------------------
@@ -468,18 +469,13 @@ def post_hoc(
     contrast = CONTRASTS[name] if combination is None else combination.contrast
     kept = torch.arange(len(latents))
     if combination is not None and combination.how == "two stages":
-        kept = _best(free[combination.free], combination.kept(len(latents)))
-        if contrast.rivals and not any(rivals[kind] for kind in contrast.rivals):
-            return free[combination.free].double()
-    evidence = gather(
-        model,
-        latents[kept],
-        prompt,
-        {kind: rivals[kind] for kind in contrast.rivals},
-        band=contrast.band,
-        seed=seed,
-        batch_size=batch_size,
-    )
+        first = free[combination.free].double()
+        kept = _best(first, combination.kept(len(latents)))
+        kept = kept[first[kept].isfinite()]
+        if not len(kept) or (contrast.rivals and not any(rivals[kind] for kind in contrast.rivals)):
+            return first
+    needed = {kind: rivals[kind] for kind in contrast.rivals}
+    evidence = gather(model, latents[kept], prompt, needed, band=contrast.band, seed=seed, batch_size=batch_size)
     values = torch.full((len(latents),), math.nan, dtype=torch.float64)
     values[kept] = contrast.of_needed(evidence)
     if combination is not None and combination.how == "mean rank":

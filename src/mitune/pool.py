@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mitune.conditioning import stack
 from mitune.config import PoolConfig
-from mitune.contrast import POST_HOC, post_hoc, rivals_of
+from mitune.contrast import FIRST_STAGES, POST_HOC, post_hoc, rivals_of
 from mitune.errors import MituneError
 from mitune.generate import Batch, Request, candidate_seed, decode, default_batch_size, generate_all
 from mitune.information import SCORES, Trace
@@ -74,7 +74,7 @@ def build_pool(
     rules = [parse_rule(text, [*SCORES, *POST_HOC]) for text in config.select]
     if metric is None and any(rule.by == ORACLE for rule in rules):
         raise MituneError("pool.select names 'oracle', but this model comes with no judge; leave it out.")
-    race = race_of(config.race, rules, candidates=config.candidates, keep=config.keep)
+    race = race_of(config.race, rules, FIRST_STAGES, candidates=config.candidates, keep=config.keep)
     settings = {"model": model.name, "call": model.call, "made_with": identity, "prompts": list(prompts)}
     claim(folder, settings | _identity_of(config), "pool")
     began = time.monotonic()

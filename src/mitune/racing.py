@@ -74,17 +74,23 @@ class Race:
         return min(range(1, max(1, GROUP * batch_size // self.candidates) + 1), key=filled)
 
 
-def race_of(rungs: Rungs, rules: Sequence[Rule], *, candidates: int, keep: int) -> Race | None:
+def race_of(
+    rungs: Rungs, rules: Sequence[Rule], first_stages: Mapping[str, str], *, candidates: int, keep: int
+) -> Race | None:
     """The race that these rules allow; None without rungs.
 
-    Raises MituneError for a rule that needs candidates to be finished: a control, a quantile, a post-hoc score.
+    `first_stages` has the on-line score that decides first, for each post-hoc score of two stages. Raises MituneError
+    for a rule that needs all candidates finished: a control, a quantile, another post-hoc score.
     """
     if not rungs:
         return None
+    scores = []
     for rule in rules:
-        if rule.by not in SCORES or rule.quantile is not None:
+        score = first_stages.get(rule.by, rule.by)
+        if score not in SCORES or rule.quantile is not None:
             raise MituneError(
                 f"pool.race drops candidates half-way, but pool.select names {rule.slug!r}, which needs all of them "
                 "finished; leave that out, or set pool.race=[] (--no-race)."
             )
-    return Race(rungs=rungs, scores=tuple(dict.fromkeys(r.by for r in rules)), candidates=candidates, keep=keep)
+        scores.append(score)
+    return Race(rungs=rungs, scores=tuple(dict.fromkeys(scores)), candidates=candidates, keep=keep)

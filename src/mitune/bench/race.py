@@ -63,8 +63,9 @@ without a race, and do not depend on neighbors, restarts or shards; the tests ho
 may round otherwise. Which candidates stay depends on the other candidates of the same prompt, and on nothing else.
 
 **What is left out.** A dropped candidate's record says after which step (`status`, `steps`), and has no scores, terms,
-latents or verdict; the report then speaks of those that stayed. `random`, `oracle`, quantiles and post-hoc scores need
-all candidates finished, and are refused together with a race.
+latents or verdict; the report then speaks of those that stayed. The first stage of `contrast` is on-line: it decides
+the race, and the second stage sees those that stayed. `random`, `oracle`, quantiles and other post-hoc scores need all
+candidates finished, and are refused together with a race.
 
 **Memory.** The pipeline holds all candidates of one or more prompts, up to {group} batches or one prompt; what the
 denoiser needs is that of one batch. For scoring, three tensors of the latents' size are kept a candidate and step.
