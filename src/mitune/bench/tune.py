@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,7 +24,16 @@ from mitune.config import Config
 from mitune.errors import MituneError
 from mitune.evaluation import Variant, evaluate
 from mitune.metrics.judgment import metric_for
-from mitune.metrics.statistics import POOLED, Interval, bootstrap, flags, markdown_table, numbers, summarize
+from mitune.metrics.statistics import (
+    POOLED,
+    Interval,
+    bootstrap,
+    bootstrap_ratio,
+    flags,
+    markdown_table,
+    numbers,
+    summarize,
+)
 from mitune.models import load_model
 from mitune.prompts import load_prompts
 from mitune.selection import ORACLE
@@ -45,6 +55,13 @@ same guidance scale; *− base at its best*: over the base at that one of the sc
 Intervals are 95 % bootstrap intervals over prompts, paired; bold ones hold no zero. *by seed*: each with a pool, an
 adapter and images of its own. *‖Δε‖*: how far the prompt moves the denoiser's output along the trajectory. *distinct
 scenes*: among the images that a model makes of one prompt, by number.
+
+"""
+PICKS = """
+## What was picked
+
+How far each selection goes on the way from a random choice (0) to the judge's own (1), over the training prompts; below
+0 it picks worse than chance. The interval is 95 %, prompts resampled.
 
 """
 
@@ -205,6 +222,39 @@ def markdown(rows: pa.Table) -> str:
         shown = [c for c in comparisons if c.split == POOLED and c.metric == "exact"]
         sections.append(f"### {model}, guidance {scale.as_py():g}, by category\n\n{markdown_table(shown)}")
     return "\n".join(sections)
+
+
+def picks(configs: Sequence[Config], folder: Path, *, seeds: int) -> str:
+    """How much of the way from a random choice to the judge's each selection goes, by category, as Markdown."""
+    lines: list[str] = []
+    for config in configs:
+        categories = {listed.text: listed.category for listed in load_prompts(config.prompts)}
+        names = [*dict.fromkeys(categories.values()), POOLED]
+        if not lines:
+            lines = [f"| model | picked by | {' | '.join(names)} |", f"|---|---|{'--:|' * len(names)}"]
+        name = Path(config.model.name).name
+        pools = [folder / f"{name}-{seed}" / f"round-{config.rounds}" / "pool" for seed in range(seeds)]
+        rows = pa.concat_tables(pq.read_table(pool / "candidates.parquet") for pool in pools)
+        right = _candidates(numbers(rows, "exact") * ~flags(rows, "malformed"), config)
+        of_prompt = _candidates(np.array([categories[prompt] for prompt in rows["prompt"].to_pylist()]), config)[:, 0]
+        drawn, best = right.mean(axis=1), np.sort(right, axis=1)[:, -config.pool.keep :].mean(axis=1)
+        for slug in (column.removeprefix("kept.") for column in rows.column_names if column.startswith("kept.")):
+            kept = _candidates(flags(rows, f"kept.{slug}"), config)
+            picked = (right * kept).sum(axis=1) / kept.sum(axis=1)
+            columns = np.stack([picked - drawn, best - drawn, -drawn], axis=1)
+            cells = []
+            for category in names:
+                some = columns[(of_prompt == category) | (category == POOLED)]
+                (closed,) = bootstrap_ratio(*(some[:, [i]] for i in range(3)))
+                ends = f" [{closed.low:.2f}, {closed.high:.2f}]" if category == POOLED else ""
+                cells.append(f"{closed.value:.2f}{ends}")
+            lines.append(f"| {name} | {slug} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _candidates(column: NDArray[Any], config: Config) -> NDArray[Any]:
+    """A column of a pool's table, (prompts, M)."""
+    return column.reshape(-1, config.pool.candidates)
 
 
 def _signed(interval: Interval) -> str:

@@ -175,7 +175,7 @@ def bench_tune(
     """
     import pyarrow.parquet as pq
 
-    from mitune.bench.tune import HEADER, markdown, run_study
+    from mitune.bench.tune import HEADER, PICKS, markdown, picks, run_study
     from mitune.store import write_bytes
 
     names = model or ["shapes-sd"]
@@ -186,7 +186,8 @@ def bench_tune(
     }  # fmt: skip
     words = [f"{option} {value}" for option, values in given.items() for value in values]
     command = " ".join(["mitune bench tune", *words, f"--seeds {seeds} -o {output}"])
-    write_bytes(output, (HEADER.format(command=command) + markdown(pq.read_table(table))).encode())
+    picked = PICKS + picks(configs, run, seeds=seeds)
+    write_bytes(output, (HEADER.format(command=command) + markdown(pq.read_table(table)) + picked).encode())
     say("Tables", output)
 
 
