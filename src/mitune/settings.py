@@ -23,7 +23,7 @@ _SHAPES_FINETUNE: Nested = {
 PRESETS: Mapping[str, Nested] = {
     "demo": {
         "model": {"name": "shapes-sd"},
-        "pool": {"candidates": 16, "keep": 4, "select": ["contrast"], "batch_size": 64},
+        "pool": {"candidates": 12, "keep": 3, "select": ["contrast"], "batch_size": 64},
         "finetune": _SHAPES_FINETUNE,
         "eval": {"images": 2, "batch_size": 64},
         "prompts": "shapes:train",
