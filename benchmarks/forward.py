@@ -6,10 +6,11 @@ import timeit
 
 import torch
 
+from mitune.conditioning import unflatten
 from mitune.config import ModelConfig
+from mitune.denoiser import denoiser_of
 from mitune.generate import condition
 from mitune.models import EMBEDDED, load_model
-from mitune.probe import denoiser_of, unflatten
 
 BATCH, REPEATS = 64, 20
 

@@ -27,6 +27,15 @@ def test_runs(name, monkeypatch, capsys):
     assert "nan" not in printed
 
 
+@pytest.mark.slow
+def test_forward_runs(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(HERE)
+    forward = importlib.import_module("forward")
+    monkeypatch.setattr(forward, "REPEATS", 1)
+    forward.main()
+    assert capsys.readouterr().out.count("ms a sample") == 2
+
+
 def test_every_benchmark_asks_a_question(monkeypatch):
     monkeypatch.syspath_prepend(HERE)
     performance = importlib.import_module("performance")
