@@ -107,8 +107,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in arguments.models:
         with tempfile.TemporaryDirectory() as folder:
             pool, training = measure(name, size, Path(folder), arguments, peak)
-        pools.append([name, arguments.candidates, arguments.steps, *pool])
-        trainings.append([name, arguments.batch, *training])
+        shown = f"{name}, tiny" if arguments.tiny else name
+        pools.append([shown, arguments.candidates, arguments.steps, *pool])
+        trainings.append([shown, arguments.batch, *training])
     if arguments.tiny:
         print("Small networks: this shows that all runs, and says nothing about the papers' sizes.\n")
     print(f"Measured peak of a bfloat16 product: {peak / 1e12:.3g} TFLOP/s.\n")

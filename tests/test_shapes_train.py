@@ -11,7 +11,13 @@ from mitune.models import EMBEDDED, model_folder
 from mitune.shapes.autoencoder import encode_world, training_prompts
 from mitune.shapes.grammar import forms
 from mitune.shapes.phases import DenoiserConfig
-from mitune.shapes.train import export, stable_targets, train_denoiser
+from mitune.shapes.train import export, miscaptioned, stable_targets, train_denoiser
+
+
+def test_every_prompt_has_wrong_captions_that_are_not_its_own():
+    prompts = [str(prompt) for form in forms() for prompt in form.prompts[:3]]
+    for prompt, wrong in zip(prompts, miscaptioned(prompts), strict=True):
+        assert wrong and prompt not in wrong
 
 
 def test_stable_targets_are_the_posterior_mean():

@@ -29,7 +29,7 @@ PRESETS: Mapping[str, Nested] = {
         "prompts": "shapes:train",
         "eval_prompts": "shapes:heldout",
     },
-    # The experiment of docs/results.md: the paper's score and self-confidence against both controls
+    # The experiment of docs/results.md: three scores against both controls, random picks and the judge's
     "shapes-study": {
         "model": {"name": "shapes-sd"},
         "pool": {
