@@ -66,9 +66,9 @@ asked prompt to the wrong one, and how often it falls at all (nats; self-confide
 *standard*. *Noisy end*: information at λ below the range of training, exact. *Shares*: the empty prompt learned the
 marginal of its training, whose last phase may have drawn some prompts oftener, exact. *Null − conditional*: what the
 network's error costs under the empty prompt, beyond what it costs under the asked one, which is *conditional*; and the
-part of that difference at λ > {split:.0f}, where scenes are told apart already and the truth has nothing left. Beside them,
-*clean end*: what the estimate would gain beyond the truncation of λ. *Mixture − truth*: the bias that is left with the
-exact marginal, so of the network's errors under the captions alone.
+part of that difference at λ > {split:.0f}, where scenes are told apart already and the truth has nothing left. Beside
+them, *clean end*: what the estimate would gain beyond the truncation of λ. *Mixture − truth*: the bias that is left
+with the exact marginal, so of the network's errors under the captions alone.
 
 {gap}
 """
