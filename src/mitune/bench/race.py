@@ -18,9 +18,10 @@ import torch
 from numpy.typing import NDArray
 
 from mitune.config import HALVING, ModelConfig, Rungs
+from mitune.contrast import COMBINATIONS, FIRST_STAGES, gather, rivals_of
 from mitune.generate import Request, candidate_seed, decode, generate
 from mitune.information import SCORES
-from mitune.metrics.statistics import Interval, bootstrap, bootstrap_ratio
+from mitune.metrics.statistics import Interval, bootstrap, bootstrap_ratio, numbers
 from mitune.models import Model, load_model
 from mitune.probe import MIProbe
 from mitune.racing import GROUP, Race
@@ -29,17 +30,19 @@ from mitune.shapes.judge import judge
 from mitune.shapes.prompts import Listed
 from mitune.store import Records, claim
 
-SHOWN = ("self-confidence", "self-confidence-late", "log-likelihood-ratio", "mi-tune", "rfmi", "early")
+SHOWN = ("contrast", "self-confidence", "log-likelihood-ratio", "mi-tune", "rfmi", "early")
 SCHEDULES: Mapping[str, Rungs] = MappingProxyType(
     {
         "half at 50 %": ((0.5, 0.5),),
         "half at 50 %, quarter at 75 %": ((0.5, 0.5), (0.75, 0.25)),
+        "half at 25 %, two fifths at 50 %": ((0.25, 0.5), (0.5, 0.4)),
         "half at 25 %, quarter at 50 % (--race)": HALVING,
         "half at 20 %, quarter at 40 %, eighth at 60 %": ((0.2, 0.5), (0.4, 0.25), (0.6, 0.125)),
         "quarter at 25 %": ((0.25, 0.25),),
         "quarter at 50 %": ((0.5, 0.25),),
     }
 )
+CONTRAST = COMBINATIONS["contrast"]
 RESAMPLES = 10_000
 PAGE = """# Racing: fewer denoiser calls
 
@@ -98,6 +101,7 @@ class Run:
 
     exact: Array  # (M,) the judge's verdict
     scores: Mapping[str, Array]  # (M, T) each: after every step; the last is the score
+    contrast: Array  # (M,) what the second stage of that score says, of all of them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,14 +137,14 @@ def run_study(
         else:
             table = record[0]
         scores = {name: np.array(table[name].to_pylist()) for name in SCORES}
-        runs.append(Run(np.array(table["exact"].to_pylist(), np.float64), scores))
+        runs.append(Run(np.array(table["exact"].to_pylist(), np.float64), scores, numbers(table, CONTRAST.name)))
         if progress:
             progress(index + 1, len(texts))
     return runs
 
 
 def _run(model: Model, prompt: str, config: RaceConfig) -> pa.Table:
-    """The candidates of a prompt: the verdict, and every score after every step."""
+    """The candidates of a prompt: the verdict, every score after every step, and the second stage of `contrast`."""
     seeds = [candidate_seed(config.seed, prompt, j) for j in range(config.candidates)]
     so_far: list[dict[str, torch.Tensor]] = []
 
@@ -150,8 +154,13 @@ def _run(model: Model, prompt: str, config: RaceConfig) -> pa.Table:
 
     batch = generate(model, [Request(prompt=prompt, seed=seed) for seed in seeds], config.batch_size, note)
     so_far[-1] = {name: score(batch.trace) for name, score in SCORES.items()}
-    verdicts = [judge(np.asarray(image), prompt) for image in decode(model, batch.latents.nan_to_num())]
+    latents = batch.latents.nan_to_num()
+    verdicts = [judge(np.asarray(image), prompt) for image in decode(model, latents)]
+    second = CONTRAST.contrast
+    rivals = {kind: rivals_of(prompt, ())[kind] for kind in second.rivals}
+    evidence = gather(model, latents, prompt, rivals, band=second.band, seed=config.seed, batch_size=config.batch_size)
     columns = {name: torch.stack([scores[name] for scores in so_far], dim=1).tolist() for name in SCORES}
+    columns[CONTRAST.name] = second.of_needed(evidence).tolist()
     return pa.table({"exact": [v.exact and not v.malformed for v in verdicts]} | columns)
 
 
@@ -173,11 +182,11 @@ def outcome_of(runs: Sequence[Run], model: str, score: str, schedule: str) -> Ou
     """Replays one schedule by one score on each of the runs."""
     rows, calls, most = [], 0, 0
     for run in runs:
-        left, made = replay(run.scores[score], SCHEDULES[schedule])
-        calls, most = calls + made, most + run.scores[score].size
-        final = run.scores[score][:, -1]
-        best = select(final.tolist(), 1)[0]
-        pick = left[select(final[left].tolist(), 1)[0]]
+        so_far = run.scores[FIRST_STAGES.get(score, score)]
+        left, made = replay(so_far, SCHEDULES[schedule])
+        calls, most = calls + made, most + so_far.size
+        final = run.contrast if score == CONTRAST.name else so_far[:, -1]
+        best, pick = (_pick(run, score, some) for some in (range(len(final)), left))
         regret, spread = final[best] - final[pick], final[best] - np.nanmean(final)
         drawn, unraced, raced = run.exact.mean(), run.exact[best], run.exact[pick]
         rows.append((pick == best, drawn, unraced, raced, unraced - raced, unraced - drawn, regret, spread))
@@ -189,6 +198,16 @@ def outcome_of(runs: Sequence[Run], model: str, score: str, schedule: str) -> Ou
         model=model, score=score, schedule=schedule, saved=most / calls, agreement=same, regret=regret, drawn=drawn,
         unraced=unraced, raced=raced, loss=loss, share_lost=_quotient(table[:, 4], table[:, 5]),
     )  # fmt: skip
+
+
+def _pick(run: Run, score: str, left: Sequence[int]) -> int:
+    """The best of those left; by `contrast`, of as many of them as its first stage keeps."""
+    if score != CONTRAST.name:
+        final = run.scores[score][:, -1]
+    else:
+        first, final = run.scores[CONTRAST.free][:, -1], run.contrast
+        left = [left[at] for at in select(first[list(left)].tolist(), CONTRAST.kept(len(final)))]
+    return left[select(final[list(left)].tolist(), 1)[0]]
 
 
 def _quotient(above: Array, below: Array) -> Interval:
