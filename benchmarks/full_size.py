@@ -99,6 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--batch", type=int, default=400, help="Images in an iteration of the training.")
     parser.add_argument("--micro-batch", type=int, default=50, help="Of these at once; halved where memory is short.")
+    parser.add_argument("--compile", action="store_true", help="Both, with torch.compile.")
     parser.add_argument("--iterations", type=int, default=3, help="Timed, after one that is not.")
     arguments = parser.parse_args(argv)
     size = TINY if arguments.tiny else FULL
@@ -124,7 +125,9 @@ def measure(
     """The figures of the pool, then those of the training."""
     config = size.denoisers[name]
     build(name, config, size).save_pretrained(folder / "model")
-    settings = ModelConfig(name=str(folder / "model"), dtype="bfloat16", steps=arguments.steps)
+    settings = ModelConfig(
+        name=str(folder / "model"), dtype="bfloat16", steps=arguments.steps, compile=arguments.compile
+    )
     model = load_model(settings)
     prompts = [listed.text for listed in prompt_list("color")]
     pool = PoolConfig(candidates=arguments.candidates, batch_size=arguments.candidates, race=HALVING)

@@ -18,6 +18,10 @@ import torch
 
 HERE = Path(__file__).parent
 NAMES = ("probe_overhead", "pool_throughput", "pool_parts", "training", "memory", "scaling", "full_size")
+VARIANTS = {  # further options that a benchmark runs with
+    "pool_throughput": ("--candidates 16", "--no-race", "--compile"),
+    "training": ("--compile",),
+}
 TINY = "--tiny --candidates 2 --steps 3 --batch 4 --micro-batch 2 --iterations 1"
 HEADING = "\n## "
 HEADER = """# Speed and memory
@@ -38,15 +42,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     sections = {section.partition("\n")[0]: section.strip() for section in found}
     questions = {name: question(HERE / f"{name}.py") for name in NAMES}
     for name in arguments.only:
-        options = TINY if name == "full_size" and not torch.cuda.is_available() else ""
-        command = [f"benchmarks/{name}.py", *options.split()]
-        print("python", *command, flush=True)
-        printed = subprocess.run(
-            [sys.executable, *command], cwd=HERE.parent, check=True, stdout=subprocess.PIPE, text=True
-        ).stdout
-        sections[questions[name]] = f"{questions[name]}\n\n`python {' '.join(command)}`\n\n{printed.strip()}"
+        first = TINY if name == "full_size" and not torch.cuda.is_available() else ""
+        parts = [questions[name], *(run(name, options) for options in (first, *VARIANTS.get(name, ())))]
+        sections[questions[name]] = "\n\n".join(parts)
         ordered = [sections[asked] for asked in questions.values() if asked in sections]
         page.write_text(HEADER + "".join(f"{HEADING}{section}\n" for section in ordered), encoding="utf-8")
+
+
+def run(name: str, options: str) -> str:
+    """The command, and what it printed."""
+    command = [f"benchmarks/{name}.py", *options.split()]
+    print("python", *command, flush=True)
+    done = subprocess.run([sys.executable, *command], cwd=HERE.parent, check=True, stdout=subprocess.PIPE, text=True)
+    return f"`python {' '.join(command)}`\n\n{done.stdout.strip()}"
 
 
 def question(file: Path) -> str:

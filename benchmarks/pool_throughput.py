@@ -1,6 +1,6 @@
 """What is the pool worth?  `build_pool` with a race against a plain loop over the bare pipeline that scores afterwards.
 
-    python benchmarks/pool_throughput.py
+    python benchmarks/pool_throughput.py    # --compile has the pool compile its denoiser, with torch.compile
 
 The loop does for each prompt what one would write without mitune: one call with num_images_per_prompt = M, then the
 score of the M latents, noised again to each of the sampler's steps (eq. (2) of MI-TUNE), then the picture of the best.
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=32, help="Of the pool, which fills it from several prompts.")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--no-race", action="store_true")
+    parser.add_argument("--compile", action="store_true")
     parser.add_argument("--pairs", type=int, default=3)
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
-    model = load_model(ModelConfig(name="shapes-sd", steps=arguments.steps))
+    settings = ModelConfig(name="shapes-sd", steps=arguments.steps)
+    bare, model = load_model(settings), load_model(replace(settings, compile=arguments.compile))
     prompts = [listed.text for listed in prompt_list("color")[: arguments.prompts]]
     race = () if arguments.no_race else HALVING
     config = PoolConfig(candidates=arguments.candidates, batch_size=arguments.batch, race=race)
@@ -46,12 +49,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     def loop() -> None:
         with tempfile.TemporaryDirectory() as folder:
             for index, prompt in enumerate(prompts):
-                best_of(model.pipe, prompt, config.candidates, model.call).save(Path(folder) / f"{index}.png")
+                best_of(bare.pipe, prompt, config.candidates, bare.call).save(Path(folder) / f"{index}.png")
 
     ratio = cost_ratio(loop, ours, arguments.pairs)
-    columns = ["model", "prompts", "candidates", "steps", "race", "pools in the time of the loop", "target"]
-    raced = "no" if arguments.no_race else "yes"
-    print_table(columns, [["shapes-sd", len(prompts), config.candidates, arguments.steps, raced, ratio, "≥ 3"]])
+    columns = ["prompts", "candidates", "steps", "race", "compiled", "pools in the time of the loop", "target"]
+    raced, compiled = ("yes" if given else "no" for given in (race, arguments.compile))
+    print_table(columns, [[len(prompts), config.candidates, arguments.steps, raced, compiled, ratio, "≥ 3"]])
 
 
 @torch.no_grad()

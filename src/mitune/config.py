@@ -28,6 +28,7 @@ class ModelConfig:
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     device: str = "auto"  # "auto" takes the GPU if there is one
     offload: Literal["none", "model", "sequential"] = "none"  # parts that wait stay on the CPU: slower, less memory
+    compile: bool = False  # the denoiser, with torch.compile: minutes at first, then faster; pays on long runs
     guidance_scale: float | None = None
     steps: int | None = None
     call: dict[str, Any] = field(default_factory=dict)  # further arguments of the pipeline's call, e.g. height
@@ -48,6 +49,10 @@ class ModelConfig:
             scale is None or scale > 1,
             f"model.guidance_scale = {scale} must be above 1: at 1 or below, pipelines skip the pass without the "
             "prompt, and mutual information needs both.",
+        )
+        _require(
+            not (self.compile and self.offload == "sequential"),
+            "model.compile needs the denoiser in one piece; set model.offload to model or none, or compile to false.",
         )
         _require(steps is None or steps >= 2, f"model.steps = {steps} must be at least 2.")
 

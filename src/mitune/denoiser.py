@@ -70,6 +70,21 @@ def denoiser_of(pipe: Any) -> nn.Module:
     )
 
 
+def compile_denoiser(denoiser: nn.Module, device: torch.device) -> None:
+    """Has torch.compile make fused kernels of the forward pass, at its first call with inputs of a shape; in place.
+
+    Hooks stay what they are, as they lie around `forward`. Raises ModelError if nothing can be compiled for `device`.
+    """
+    try:
+        torch.compile(torch.sin)(torch.ones(1, device=device))
+    except RuntimeError as error:
+        needed = "Triton" if device.type == "cuda" else "a C++ compiler such as g++"
+        raise ModelError(
+            f"model.compile finds nothing to compile with for {device}; install {needed}, or leave it out."
+        ) from error
+    denoiser.forward = torch.compile(denoiser.forward)
+
+
 def family_of(denoiser: Any) -> Family:
     """The row of the table for this denoiser; that of SD and SD3 if it has none of its own."""
     return _FAMILIES.get(type(denoiser).__name__, Family())

@@ -27,6 +27,7 @@ from mitune.adapter import CARD_FILE, WEIGHTS_FILE, add_adapter, load_weights, s
 from mitune.checkpoint import TrainingState
 from mitune.components import Components
 from mitune.config import FinetuneConfig, ModelConfig
+from mitune.denoiser import compile_denoiser
 from mitune.errors import MituneError
 from mitune.loss import Draw, denoising_errors, draw, encode, shift_of
 from mitune.merging import channels_last, merged_layers
@@ -126,7 +127,7 @@ class _Trainer:
         self.images, self.config, self.accelerator, self.device = images, config, accelerator, device
         scheduler = components.scheduler()
         self.path, self.shift = path_of(scheduler), shift_of(scheduler)
-        self.call = call_arguments(components.config)
+        self.call, self.compiled = call_arguments(components.config), components.config.compile
         # All stay in evaluation mode, as they are opened: dropout would make an iteration depend on more than its seed.
         self.denoiser = components.denoiser()
         self.modules: dict[str, nn.Module] = {components.denoiser_name: self.denoiser}
@@ -180,6 +181,9 @@ class _Trainer:
             stack.enter_context(channels_last(modules))
             if self.config.precision == "no":  # else merged weights would be rounded, and small changes lost
                 stack.enter_context(merged_layers(modules))
+            if self.compiled:  # last, as it is to find the layers as they are now
+                compile_denoiser(self.denoiser, self.device)
+                stack.callback(delattr, self.denoiser, "forward")
             yield
 
     def run(self, checkpoint: Path, history: Path, progress: Progress | None) -> None:

@@ -20,7 +20,7 @@ from diffusers.loaders.single_file_utils import SingleFileComponentError
 from peft import PeftModel
 
 from mitune.config import ModelConfig
-from mitune.denoiser import denoiser_of
+from mitune.denoiser import compile_denoiser, denoiser_of
 from mitune.errors import ModelError
 
 # What each embedded model is called with; other models keep their pipeline's own defaults.
@@ -117,6 +117,8 @@ def load_model(config: ModelConfig, *, adapter: Path | None = None) -> Model:
         pipe = open_pipeline(config, index)
     if adapter is not None:
         load_adapter(pipe, adapter)
+    if config.compile:
+        compile_denoiser(denoiser_of(pipe), device_of(config))
     pipe.set_progress_bar_config(disable=True)
     _place(pipe, config)
     return Model(pipe, call_arguments(config, type(pipe)), config.name)
