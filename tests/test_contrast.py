@@ -22,6 +22,7 @@ from mitune.contrast import (
     Combination,
     Contrast,
     Evidence,
+    capped_margin,
     gather,
     mean_normalized_margin,
     mean_rank,
@@ -234,9 +235,26 @@ def test_a_score_in_a_run_is_that_of_the_study(model):
     ranked = post_hoc("ranks-margin-negatives", model, latents, "a red ball", rivals, free)
     torch.testing.assert_close(ranked, COMBINATIONS["ranks-margin-negatives"](free, evidence))
     staged = post_hoc("stages-margin-negatives", model, latents, "a red ball", rivals, free)
-    assert staged.isfinite().nonzero().flatten().tolist() == [4, 5, 6]
+    assert staged.isfinite().nonzero().flatten().tolist() == [5, 6]
+    two = post_hoc("stages-margin-negatives", model, latents, "a red ball", rivals, free, keep=2)
+    assert two.isfinite().nonzero().flatten().tolist() == [3, 4, 5, 6]  # two for each that will be picked
     whole = COMBINATIONS["stages-margin-negatives"](free, evidence)
     assert staged.nan_to_num(-math.inf).argmax() == whole.argmax()
+
+
+def test_above_the_ceiling_the_free_score_decides():
+    """Three images with m/D = 3, 0.5 and 1.2 against their hardest rival, the last being the most self-confident."""
+    ratios = torch.tensor([[3.0, 5.0], [0.5, 9.0], [1.2, 1.1]])
+    errors = torch.cat([torch.zeros(3, 1), 2 * ratios], dim=1).unsqueeze(2)
+    distances = torch.tensor([0.0, 2.0, 2.0]).expand(3, 3).unsqueeze(2)
+    evidence = Evidence(
+        kinds=(ASKED, NEGATIVES, NEGATIVES), log_snr=torch.zeros(1), step=1.0, errors=errors, distances=distances,
+        dimensions=1,
+    )  # fmt: skip
+    torch.testing.assert_close(normalized_margin(evidence), torch.tensor([3.0, 0.5, 1.1], dtype=torch.float64))
+    capped = capped_margin(evidence)
+    torch.testing.assert_close(capped, torch.tensor([1.0, 0.5, 1.0], dtype=torch.float64))
+    assert two_stage(torch.tensor([1.0, 2.0, 3.0]), capped, 3).tolist() == [2.0, 1.0, 3.0]
 
 
 def test_without_rivals_the_free_score_decides_in_two_stages(model):
@@ -252,7 +270,7 @@ def test_a_pool_selects_by_contrast(model, tmp_path):
     names = ("normalized-wide", "stages-margin-negatives")
     config = PoolConfig(candidates=8, keep=1, select=names, batch_size=8)
     rows = pq.read_table(build_pool(model, ["a circle and a square"], tmp_path / "pool", config).table).to_pydict()
-    for name, paid in zip(names, (8, 4), strict=True):
+    for name, paid in zip(names, (8, 2), strict=True):
         values = torch.tensor(rows[f"score.{name}"])
         assert values.isfinite().sum() == paid
         assert rows[f"kept.{name}"].index(True) == values.nan_to_num(-math.inf).argmax()

@@ -131,6 +131,12 @@ def normalized_margin(evidence: Evidence) -> Tensor:
     return _over(evidence.margins, evidence.divergences).nan_to_num(math.inf).amin(dim=1)
 
 
+def capped_margin(evidence: Evidence) -> Tensor:
+    """min over rivals of min(m/D, 1), (N,): a sample of the asked prompt has m/D = 1 in the mean, so that what lies
+    above is no better for it, but noise, or more than was asked for."""
+    return normalized_margin(evidence).clamp(max=1.0)
+
+
 def standardized_margin(evidence: Evidence) -> Tensor:
     """min over rivals of m/√(2D), (N,), in standard errors: a Gaussian log-likelihood ratio with mean D has variance
     2D, so that a rival which differs in little, and is told apart with much noise, counts less than in m/D."""
@@ -285,9 +291,9 @@ class Combination:
             return f"mean rank of {self.free} and {self.contrast.formula}"
         return f"{self.contrast.formula} of the best {self.share:.0%} by {self.free}"
 
-    def kept(self, candidates: int) -> int:
-        """How many of the candidates the contrast sees."""
-        return math.ceil(self.share * candidates)
+    def kept(self, candidates: int, keep: int = 1) -> int:
+        """How many of the candidates the contrast sees: at least two for each of the `keep` that will be picked."""
+        return min(candidates, max(math.ceil(self.share * candidates), 2 * keep))
 
     def calls(self, evidence: Evidence) -> float:
         """Denoiser calls for each candidate of the prompt."""
@@ -303,7 +309,8 @@ class Combination:
 
 
 _GUARD = "self-confidence"
-_SHARE = 0.4  # of the candidates that the second stage sees
+_SHARE = 0.25  # of the candidates that the second stage sees
+_TIE = 1e-6  # a margin less than any that counts
 _COMBINED = tuple(
     CONTRASTS[f"{name}-{rivals}"]
     for name in ("margin", "normalized", "standardized", "information")
@@ -316,9 +323,10 @@ def _two_stages(name: str, contrast: Contrast) -> Combination:
 
 
 _ALL_COMBINATIONS = (
-    _two_stages("contrast", CONTRASTS["normalized-negatives"]),  # the one to use: docs/selection.md
+    # The one to use: docs/selection.md
+    _two_stages("contrast", Contrast("capped-negatives", "min(m/D, 1)", capped_margin, _SETS["negatives"])),
     *(Combination(f"ranks-{each.name}", _GUARD, each, "mean rank") for each in _COMBINED),
-    *(_two_stages(f"stages-{each.name}", each) for each in _COMBINED if each.name != "normalized-negatives"),
+    *(_two_stages(f"stages-{each.name}", each) for each in _COMBINED),
 )
 COMBINATIONS: Mapping[str, Combination] = MappingProxyType({each.name: each for each in _ALL_COMBINATIONS})
 POST_HOC = (*CONTRASTS, *COMBINATIONS)  # what `post_hoc` knows
@@ -456,21 +464,22 @@ def post_hoc(
     rivals: Mapping[str, Sequence[str]],
     free: Mapping[str, Tensor],
     *,
+    keep: int = 1,
     seed: int = 0,
     batch_size: int = 64,
 ) -> Tensor:
     """The contrast or combination of that name for the candidates (N, C, H, W) of a prompt, (N,), float64.
 
-    rivals: by kind, as `Contrast.rivals` names them; free: the on-line scores (N,). Only what the score needs is
-    paid for: in two stages, candidates that the free score leaves out come back as NaN, and if there is no rival the
-    free score decides alone.
+    rivals: by kind, as `Contrast.rivals` names them; free: the on-line scores (N,); keep: how many will be picked.
+    Only what the score needs is paid for: in two stages, candidates that the free score leaves out come back as NaN,
+    and if there is no rival the free score decides alone, as it does among those that the second stage holds equal.
     """
     combination = COMBINATIONS.get(name)
     contrast = CONTRASTS[name] if combination is None else combination.contrast
     kept = torch.arange(len(latents))
     if combination is not None and combination.how == "two stages":
         first = free[combination.free].double()
-        kept = _best(first, combination.kept(len(latents)))
+        kept = _best(first, combination.kept(len(latents), keep))
         kept = kept[first[kept].isfinite()]
         if not len(kept) or (contrast.rivals and not any(rivals[kind] for kind in contrast.rivals)):
             return first
@@ -478,6 +487,9 @@ def post_hoc(
     evidence = gather(model, latents[kept], prompt, needed, band=contrast.band, seed=seed, batch_size=batch_size)
     values = torch.full((len(latents),), math.nan, dtype=torch.float64)
     values[kept] = contrast.of_needed(evidence)
-    if combination is not None and combination.how == "mean rank":
+    if combination is None:
+        return values
+    if combination.how == "mean rank":
         return mean_rank(free[combination.free], values)
+    values[kept] -= _TIE * torch.arange(len(kept))  # `kept` begins with the best by the free score
     return values

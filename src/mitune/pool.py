@@ -233,7 +233,8 @@ class _Pool:
         prompt, seed = self.prompts[index], self.config.seed
         rivals = rivals_of(prompt, self.prompts, seed=seed)
         clean = latents.nan_to_num()
-        values = post_hoc(name, self.model, clean, prompt, rivals, free, seed=seed, batch_size=self.batch_size.value)
+        size, keep = self.batch_size.value, self.config.keep
+        values = post_hoc(name, self.model, clean, prompt, rivals, free, keep=keep, seed=seed, batch_size=size)
         return values.where(finite, torch.nan).tolist()
 
     def _extremes(self, scores: Mapping[str, Sequence[float]]) -> list[int]:

@@ -27,7 +27,7 @@ class Race:
     rungs: Rungs  # as in PoolConfig.race
     scores: tuple[str, ...]  # on-line ones; each keeps its own best
     candidates: int  # M
-    keep: int  # k
+    keep: int  # how many stay at least
 
     def stay(self, step: int, steps: int) -> int | None:
         """How many of a prompt's candidates stay by each score after `step` of `steps`; None where there is no rung."""
@@ -93,4 +93,5 @@ def race_of(
                 "finished; leave that out, or set pool.race=[] (--no-race)."
             )
         scores.append(score)
-    return Race(rungs=rungs, scores=tuple(dict.fromkeys(scores)), candidates=candidates, keep=keep)
+    chosen_from = 2 * keep if any(rule.by in first_stages for rule in rules) else keep  # a second stage needs a choice
+    return Race(rungs=rungs, scores=tuple(dict.fromkeys(scores)), candidates=candidates, keep=chosen_from)
