@@ -42,7 +42,7 @@ from transformers import (
 )
 
 from mitune.adapter import add_adapter
-from mitune.config import HALVING, FinetuneConfig, ModelConfig, PoolConfig
+from mitune.config import FinetuneConfig, ModelConfig, PoolConfig
 from mitune.denoiser import denoiser_of
 from mitune.finetuning import finetune
 from mitune.models import Model, load_model, model_folder
@@ -130,7 +130,7 @@ def measure(
     )
     model = load_model(settings)
     prompts = [listed.text for listed in prompt_list("color")]
-    pool = PoolConfig(candidates=arguments.candidates, batch_size=arguments.candidates, race=HALVING)
+    pool = PoolConfig(candidates=arguments.candidates, batch_size=arguments.candidates)
     build_pool(model, prompts[:1], folder / "first" / "pool", pool)  # the first call builds caches
     rows = count_rows(model)
     began = now()

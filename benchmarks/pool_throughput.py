@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from timing import cost_ratio, print_table
 
-from mitune.config import HALVING, ModelConfig, PoolConfig
+from mitune.config import ModelConfig, PoolConfig
 from mitune.models import load_model
 from mitune.pool import build_pool
 from mitune.shapes.prompts import prompt_list
@@ -39,8 +39,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = ModelConfig(name="shapes-sd", steps=arguments.steps)
     bare, model = load_model(settings), load_model(replace(settings, compile=arguments.compile))
     prompts = [listed.text for listed in prompt_list("color")[: arguments.prompts]]
-    race = () if arguments.no_race else HALVING
-    config = PoolConfig(candidates=arguments.candidates, batch_size=arguments.batch, race=race)
+    race = () if arguments.no_race else None
+    select = ("self-confidence",)  # on-line, as it stands against a score that the loop pays for
+    config = PoolConfig(candidates=arguments.candidates, batch_size=arguments.batch, select=select, race=race)
 
     def ours() -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     ratio = cost_ratio(loop, ours, arguments.pairs)
     columns = ["prompts", "candidates", "steps", "race", "compiled", "pools in the time of the loop", "target"]
-    raced, compiled = ("yes" if given else "no" for given in (race, arguments.compile))
+    raced, compiled = ("yes" if given else "no" for given in (race is None, arguments.compile))
     print_table(columns, [[len(prompts), config.candidates, arguments.steps, raced, compiled, ratio, "≥ 3"]])
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mitune.config import HALVING, FinetuneConfig, ModelConfig
+from mitune.config import GRADUAL, FinetuneConfig, ModelConfig
 from mitune.errors import MituneError
 from mitune.finetuning import finetune
 from mitune.generate import Request, generate
@@ -28,7 +28,7 @@ def test_images_and_adapter_are_those_of_the_plain_model(tmp_path):
     requests = [Request(prompt=prompt, seed=seed) for prompt in PROMPTS for seed in range(4)]
     plain, fused = (generate(load_model(config), requests, 4) for config in (model, compiled))
     torch.testing.assert_close(fused.latents, plain.latents, rtol=1e-3, atol=1e-3)
-    race = Race(rungs=HALVING, scores=("rfmi",), candidates=4, keep=1)
+    race = Race(rungs=GRADUAL, scores=("rfmi",), candidates=4, keep=1)
     raced = generate(load_model(compiled), requests, 4, race.drop)
     left = [place for place, step in enumerate(raced.dropped) if not step]
     assert len(left) == 2

@@ -7,6 +7,7 @@ import functools
 import json
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from diffusers import ChromaTransformer2DModel, FlowMatchEulerDiscreteScheduler
@@ -218,13 +219,14 @@ def test_training(case, tmp_path):
     case.make().save_pretrained(folder)
     config = ModelConfig(name=str(folder), device="cpu", guidance_scale=SCALE, steps=STEPS, call=case.call)
     model = load_model(config)
-    pool = build_pool(
-        model, PROMPTS, tmp_path / "pool", PoolConfig(candidates=2, select=("mi-tune",), batch_size=2, seed=1)
-    )
-    assert len(list(pool.sets["mi-tune"].glob("*.png"))) == len(PROMPTS)
-    images = TrainingSet.read(pool.sets["mi-tune"])
+    pool = build_pool(model, PROMPTS, tmp_path / "pool", PoolConfig(candidates=4, batch_size=2, seed=1))
+    assert pool.denoiser_calls < pool.unraced_calls
+    scores = np.array(pq.read_table(pool.table)["score.contrast"]).reshape(len(PROMPTS), 4)
+    assert (np.isfinite(scores).sum(axis=1) == 2).all()
+    assert len(list(pool.sets["contrast"].glob("*.png"))) == len(PROMPTS)
+    images = TrainingSet.read(pool.sets["contrast"])
     settings = FinetuneConfig(adapter="lora", rank=4, alpha=4.0, batch_size=4, iterations=1, learning_rate=1e-3)
-    done = finetune(config, pool.sets["mi-tune"], tmp_path / "adapter", settings)
+    done = finetune(config, pool.sets["contrast"], tmp_path / "adapter", settings)
     tuned = load_model(config, adapter=done.adapter)
     scheduler = Components.of(config).scheduler()
     batch = draw(images, path_of(scheduler), shift_of(scheduler), settings, 0)
@@ -280,7 +282,7 @@ def test_pictures_and_latents(case):
     pipe = case.make()
     made = call(pipe, case, output_type="pil")
     latents = call(pipe, case)
-    decoded = decode(Model(pipe, case.call, "tiny"), latents)
+    decoded = list(decode(Model(pipe, case.call, "tiny"), latents))
     for ours, its in zip(decoded, made, strict=True):
         assert ours.size == its.size
         assert abs(np.asarray(ours, dtype=int) - np.asarray(its, dtype=int)).max() <= 1

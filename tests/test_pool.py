@@ -123,7 +123,7 @@ def test_a_set_is_an_imagefolder_with_its_latents(model, tmp_path):
     assert torch.equal(again.latents[0], latents[1])
     assert torch.equal(again.conditioning["encoder_hidden_states"][0], conditioning["encoder_hidden_states"][1])
     by_name = {row["file_name"]: i for i, row in enumerate(rows)}
-    pixels = decode(model, latents)[by_name[rows[1]["file_name"]]]
+    pixels = list(decode(model, latents))[by_name[rows[1]["file_name"]]]
     shown = next(item for item in loaded if item["prompt"] == rows[1]["prompt"] and item["seed"] == rows[1]["seed"])
     assert shown["image"].tobytes() == pixels.tobytes()
 

@@ -12,7 +12,7 @@ import torch
 
 from mitune.batches import constant_batches, texts_encoded_once
 from mitune.bench.race import replay
-from mitune.config import HALVING, PoolConfig
+from mitune.config import PoolConfig
 from mitune.denoiser import denoiser_of
 from mitune.errors import MituneError
 from mitune.generate import Request, candidate_seed, generate
@@ -27,6 +27,7 @@ from tests.tiny import SD3_CALL, tiny_sd, tiny_sd3
 
 PROMPTS = ["a red circle", "a blue square", "two green crosses"]
 STEPS = 8
+HALVING = ((0.25, 0.5), (0.5, 0.25))
 CONFIG = PoolConfig(candidates=8, keep=1, select=("self-confidence", "mi-tune"), batch_size=4, race=HALVING)
 
 
@@ -245,6 +246,23 @@ class TestPool:
         config = replace(CONFIG, select=("mi-tune", rule))
         with pytest.raises(MituneError, match=r"needs all of them finished; leave that out, or set pool.race=\[\]"):
             build_pool(model, PROMPTS, tmp_path / "pool", config, metric=lambda _images, _prompts: [])
+
+    @pytest.mark.parametrize(
+        ("select", "raced"),
+        [("contrast", True), ("self-confidence", True), ("self-confidence@0.5", False), ("mi-tune", False)],
+    )
+    def test_by_default_where_self_confidence_decides(self, model, tmp_path, select, raced):
+        config = replace(CONFIG, select=(select,), race=None)
+        result = build_pool(model, PROMPTS[:1], tmp_path / "pool", config)
+        assert (result.denoiser_calls < result.unraced_calls) == raced
+        both = build_pool(model, PROMPTS[:1], tmp_path / "both", replace(config, select=(select, "random")))
+        assert both.denoiser_calls == both.unraced_calls
+
+    def test_a_second_stage_has_a_choice(self, model, tmp_path):
+        config = replace(CONFIG, select=("contrast",), keep=3)
+        rows = pq.read_table(build_pool(model, PROMPTS[:1], tmp_path / "pool", config).table)
+        assert np.isfinite(np.array(rows["score.contrast"])).sum() == 6
+        assert rows["kept.contrast"].to_pylist().count(True) == 3
 
     def test_in_two_stages_the_first_decides_the_race(self, model, tmp_path):
         config = replace(CONFIG, select=("contrast",))

@@ -134,7 +134,7 @@ def test_judge_after_the_vae(name):
     model = load_model(ModelConfig(name=name, device="cpu"))
     rng = random.Random(2)
     prompts = [sample_prompt(rng) for _ in range(1000)]
-    pictures = decode(model, encode_images(model.pipe, [picture(sample_scene(p, rng)) for p in prompts]))
+    pictures = list(decode(model, encode_images(model.pipe, [picture(sample_scene(p, rng)) for p in prompts])))
     verdicts = [judge(np.asarray(image), str(p)) for image, p in zip(pictures, prompts, strict=True)]
     assert sum(v.exact and not v.malformed for v in verdicts) >= 980
 

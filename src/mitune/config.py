@@ -9,7 +9,7 @@ from typing import Any, Literal
 from mitune.errors import MituneError
 
 Rungs = tuple[tuple[float, float], ...]
-HALVING: Rungs = ((0.25, 0.5), (0.5, 0.25))  # what --race stands for
+GRADUAL: Rungs = ((0.2, 0.6), (0.35, 0.45), (0.5, 0.3), (0.65, 0.25))  # half the calls of no race; docs/racing.md
 
 
 def _require(condition: bool, sentence: str) -> None:
@@ -68,11 +68,11 @@ class PoolConfig:
 
     candidates: int = 50  # M
     keep: int = 1  # k
-    select: tuple[str, ...] = ("self-confidence",)  # scores or controls; each makes a set of its own
+    select: tuple[str, ...] = ("contrast",)  # scores or controls; each makes a set of its own
     batch_size: int | None = None  # candidates in one call of the denoiser; None: as many as fit
     # Rungs of a race: after this share of the steps, this share of a prompt's candidates stays, by the scores of
-    # `select`. Empty: all run to the end.
-    race: Rungs = ()
+    # `select`. None: GRADUAL where these all begin with self-confidence, else no race. Empty: never.
+    race: Rungs | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -83,13 +83,14 @@ class PoolConfig:
         _require(
             self.batch_size is None or self.batch_size >= 1, f"pool.batch_size = {self.batch_size} must be at least 1."
         )
-        ends = [(0.0, 1.0), *self.race]
+        rungs = self.race or ()
+        ends = [(0.0, 1.0), *rungs]
         _require(
             all(len(rung) == 2 for rung in ends) and all(a < c < 1 and b > d > 0 for (a, b), (c, d) in pairwise(ends)),
-            f"pool.race = {[list(rung) for rung in self.race]} must be a list of [share of the steps, share of the "
+            f"pool.race = {[list(rung) for rung in rungs]} must be a list of [share of the steps, share of the "
             "candidates that stays], the first rising and the second falling, e.g. [[0.25, 0.5], [0.5, 0.25]].",
         )
-        _require(len(self.select) >= 1, "pool.select is empty; name at least one score, e.g. self-confidence.")
+        _require(len(self.select) >= 1, "pool.select is empty; name at least one score, e.g. contrast.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

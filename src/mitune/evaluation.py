@@ -91,7 +91,7 @@ def _judge_variant(
     ]
     rows: list[dict[str, Any]] = []
     for chunk, batch in generate_all(model, requests, config.eval.batch_size):
-        images = decode(model, batch.latents.nan_to_num())
+        images = list(decode(model, batch.latents.nan_to_num()))
         judgments = metric(images, [request.prompt for request in chunk])
         information = SCORES["mi-tune"](batch.trace).tolist()
         for request, image, judgment, nats in zip(chunk, images, judgments, information, strict=True):

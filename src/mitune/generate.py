@@ -27,7 +27,7 @@ from mitune.racing import Race
 log = logging.getLogger(__name__)
 LARGEST_BATCH = 64  # to begin with on a GPU; more than that makes none faster
 CPU_BATCH = 16
-DECODED_PIXELS = 2**18  # in one call of the VAE, whose activations take a kilobyte or more a pixel
+DECODED_PIXELS = 2**16  # in one call of the VAE, whose activations take a kilobyte or more a pixel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,11 +146,11 @@ def condition(model: Model, prompts: Sequence[str], batch_size: int = 64) -> dic
     return stack(rows)
 
 
-@torch.no_grad()
-def decode(model: Model, latents: Tensor) -> list[Image.Image]:
+def decode(model: Model, latents: Tensor) -> Iterator[Image.Image]:
     """Pictures of latents (N, C, H, W), or packed, in the denoiser's space; a few at once, as a VAE takes much room."""
     some = _decode_with_vae if latents.ndim == 4 else _decode_through_pipeline
-    return [image for chunk in torch.split(latents, _decoded_at_once(model, latents)) for image in some(model, chunk)]
+    for chunk in torch.split(latents, _decoded_at_once(model, latents)):
+        yield from some(model, chunk)
 
 
 def _decoded_at_once(model: Model, latents: Tensor) -> int:
@@ -159,6 +159,7 @@ def _decoded_at_once(model: Model, latents: Tensor) -> int:
     return max(1, DECODED_PIXELS // pixels)
 
 
+@torch.no_grad()
 def _decode_with_vae(model: Model, latents: Tensor) -> list[Image.Image]:
     vae = model.pipe.vae
     shift = getattr(vae.config, "shift_factor", None) or 0.0
@@ -168,6 +169,7 @@ def _decode_with_vae(model: Model, latents: Tensor) -> list[Image.Image]:
     return images
 
 
+@torch.no_grad()
 def _decode_through_pipeline(model: Model, latents: Tensor) -> list[Image.Image]:
     """Pictures of packed latents: the pipeline, which alone knows how to unpack them, gets them at its last step."""
     call = {**model.call, "num_inference_steps": 1, guidance_name(type(model.pipe)): 1.0}

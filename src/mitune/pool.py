@@ -205,7 +205,8 @@ class _Pool:
         }
         if self.metric is not None:
             shown = [j for j, step in enumerate(candidates.dropped) if not step]
-            verdicts = self.metric(decode(self.model, latents[shown].nan_to_num()), [prompt] * len(shown))
+            images = list(decode(self.model, latents[shown].nan_to_num()))
+            verdicts = self.metric(images, [prompt] * len(shown))
             judged = dict(zip(shown, verdicts, strict=True))
             for name in ("exact", "graded", "malformed"):
                 columns[name] = [getattr(judged[j], name) if j in judged else None for j in range(count)]

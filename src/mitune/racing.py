@@ -1,4 +1,4 @@
-"""Racing: candidates that cannot win by their score so far are dropped mid-way, successive halving over the steps.
+"""Racing: candidates that cannot win by their score so far are dropped mid-way, as in successive halving.
 
 A schedule is a list of rungs (a, b): after the share a of a run's steps, the share b of a prompt's candidates stays.
 ((0.25, 0.5), (0.5, 0.25)) costs 0.25 · 1 + 0.25 · 0.5 + 0.5 · 0.25 = 0.5 of all denoiser calls. Those that stay come
@@ -11,12 +11,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from mitune.config import Rungs
+from mitune.config import GRADUAL, Rungs
 from mitune.errors import MituneError
 from mitune.information import SCORES
 from mitune.probe import MIProbe
 from mitune.selection import Rule, select
 
+SAFE = "self-confidence"  # the score whose races lose next to nothing: docs/racing.md
 GROUP = 8  # denoiser batches that the candidates of one call of the pipeline may fill
 
 
@@ -75,13 +76,17 @@ class Race:
 
 
 def race_of(
-    rungs: Rungs, rules: Sequence[Rule], first_stages: Mapping[str, str], *, candidates: int, keep: int
+    rungs: Rungs | None, rules: Sequence[Rule], first_stages: Mapping[str, str], *, candidates: int, keep: int
 ) -> Race | None:
-    """The race that these rules allow; None without rungs.
+    """The race by these rungs, by default where it is known to lose next to nothing; None without one.
 
-    `first_stages` has the on-line score that decides first, for each post-hoc score of two stages. Raises MituneError
-    for a rule that needs all candidates finished: a control, a quantile, another post-hoc score.
+    rungs: as in PoolConfig.race. `first_stages` has the on-line score that decides first, for each post-hoc score of
+    two stages. Raises MituneError for a rule that needs all candidates finished: a control, a quantile, another
+    post-hoc score.
     """
+    if rungs is None:
+        safe = all(first_stages.get(rule.by, rule.by) == SAFE and rule.quantile is None for rule in rules)
+        rungs = GRADUAL if safe else ()
     if not rungs:
         return None
     scores = []

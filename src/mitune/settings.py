@@ -23,7 +23,7 @@ _SHAPES_FINETUNE: Nested = {
 PRESETS: Mapping[str, Nested] = {
     "demo": {
         "model": {"name": "shapes-sd"},
-        "pool": {"candidates": 12, "keep": 3, "select": ["contrast"], "batch_size": 64},
+        "pool": {"candidates": 12, "keep": 3, "select": ["contrast"], "race": [], "batch_size": 64},
         "finetune": _SHAPES_FINETUNE,
         "eval": {"images": 2, "batch_size": 64},
         "prompts": "shapes:train",
@@ -33,7 +33,7 @@ PRESETS: Mapping[str, Nested] = {
     "shapes-study": {
         "model": {"name": "shapes-sd"},
         "pool": {
-            "candidates": 50, "batch_size": 100,
+            "candidates": 50, "batch_size": 100, "race": [],
             "select": ["contrast", "self-confidence", "mi-tune", "random", "oracle"],
         },
         "finetune": _SHAPES_FINETUNE,

@@ -109,7 +109,9 @@ def _samples(
         if metric is None:
             exact += [None] * len(chunk)
         else:
-            exact += [verdict.exact and not verdict.malformed for verdict in metric(decode(model, latents), texts)]
+            exact += [
+                verdict.exact and not verdict.malformed for verdict in metric(list(decode(model, latents)), texts)
+            ]
     return won, exact
 
 

@@ -171,7 +171,7 @@ def bench_tune(
 ) -> None:
     """What does fine-tuning gain? The preset shapes-study with each score's picks, judged on held-out prompts.
 
-    Example:  mitune bench tune -m shapes-sd -s self-confidence -s mi-tune -s random -s oracle --seeds 3 -o gains.md
+    Example:  mitune bench tune -m shapes-sd -s contrast -s mi-tune -s random -s oracle --seeds 3 -o gains.md
     """
     import pyarrow.parquet as pq
 
@@ -199,8 +199,8 @@ def bench_race(
     steps: Annotated[int, Option(min=4, help="Sampling steps: a race needs some to save any.")] = 20,
     guidance_scale: Guidance = None,
     prompts: Annotated[str, Option("--prompts", "-p", help="Embedded list.")] = "shapes:heldout",
-    per_category: Annotated[int, Option(min=1, help="Prompts of each category, at most.")] = 10,
-    candidates: Annotated[int, Option("--candidates", "-M", min=2, help="Images made for each prompt (M).")] = 32,
+    per_category: Annotated[int, Option(min=1, help="Prompts of each category, at most.")] = 20,
+    candidates: Annotated[int, Option("--candidates", "-M", min=8, help="Images made for each prompt (M).")] = 32,
     seed: Annotated[int, Option(help="Seed of the candidates.")] = 0,
     device: Annotated[str, Option(help="cpu, cuda, cuda:1, mps; auto takes the GPU if there is one.")] = "auto",
     run: RunFolder = Path("runs/race"),
@@ -210,26 +210,26 @@ def bench_race(
 
     Example:  mitune bench race -m shapes-sd -m shapes-sd3 --steps 20 --output docs/racing.md
     """
-    from mitune.bench.race import SCHEDULES, SHOWN, RaceConfig, markdown, outcome_of, page, run_study
+    from mitune.bench.race import SCHEDULES, SHOWN, RaceConfig, budgets, markdown, outcome_of, page, run_study
     from mitune.bench.select import some_of_each
     from mitune.config import ModelConfig
     from mitune.prompts import load_prompts
     from mitune.store import write_bytes
 
     names, listed = model or ["shapes-sd"], some_of_each(load_prompts(prompts), per_category)
-    outcomes = []
+    outcomes, studies = [], {}
     for name in names:
         settings = ModelConfig(name=name, steps=steps, guidance_scale=guidance_scale, device=device)
         with stage(f"Making candidates with {name}") as step:
             config = RaceConfig(candidates=candidates, seed=seed)
-            runs = run_study(settings, listed, run / Path(name).name, config, step)
+            runs = studies[Path(name).name] = run_study(settings, listed, run / Path(name).name, config, step)
         outcomes += [outcome_of(runs, Path(name).name, score, schedule) for score in SHOWN for schedule in SCHEDULES]
     scale = "" if guidance_scale is None else f" --guidance-scale {guidance_scale:g}"
     command = " ".join(
         ["mitune bench race", *(f"-m {name}" for name in names), f"--steps {steps}{scale} -p {prompts}"]
         + [f"--per-category {per_category} -M {candidates} --seed {seed} --output {output}"]
     )
-    write_bytes(output, page(markdown(outcomes, candidates, steps), command).encode())
+    write_bytes(output, page(markdown(outcomes, candidates, steps), budgets(studies), command).encode())
     say("Tables", output)
 
 

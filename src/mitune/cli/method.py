@@ -28,7 +28,7 @@ from mitune.cli.options import (
     settings_of,
     stage,
 )
-from mitune.config import HALVING, Config
+from mitune.config import GRADUAL, Config
 from mitune.errors import MituneError
 
 app = typer.Typer()
@@ -36,7 +36,7 @@ app = typer.Typer()
 
 def _rungs(race: bool | None) -> list[list[float]] | None:
     """The rungs that --race and --no-race stand for; None where neither is given."""
-    return None if race is None else [list(rung) for rung in HALVING if race]
+    return None if race is None else [list(rung) for rung in GRADUAL if race]
 
 
 @app.command()
@@ -82,7 +82,7 @@ def tune(
 
     mitune tune --preset mi-tune-sd21 --prompts prompts.txt --run runs/sd21
 
-    mitune tune --prompts shapes:train/color --eval-prompts shapes:heldout/color -s self-confidence -s random
+    mitune tune --prompts shapes:train/color --eval-prompts shapes:heldout/color -s contrast -s random
     """
     options = {
         "model.name": model, "model.guidance_scale": guidance_scale, "model.device": device, "prompts": prompts,
@@ -126,7 +126,7 @@ def pool(
 ) -> None:
     """Make M candidates for every prompt, score them while they are made, keep the best k.
 
-    Example:  mitune pool --model shapes-sd --prompts shapes:train/color -M 16 -s self-confidence --run runs/color
+    Example:  mitune pool --model shapes-sd --prompts shapes:train/color -M 16 --run runs/color
     """
     from mitune.metrics.judgment import metric_for
     from mitune.models import adapter_checksum, load_model
@@ -188,7 +188,7 @@ def train(
 ) -> None:
     """Fine-tune a LoRA or DoRA adapter on a set, from its cached latents and embeddings alone.
 
-    Example:  mitune train runs/color/sets/self-confidence --set finetune.adapter=dora -o runs/color/adapter
+    Example:  mitune train runs/color/sets/contrast --set finetune.adapter=dora -o runs/color/adapter
     """
     from mitune.adapter import export_fused
     from mitune.finetuning import finetune

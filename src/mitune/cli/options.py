@@ -41,11 +41,15 @@ Candidates = Annotated[int | None, Option("--candidates", "-M", help="Images mad
 Keep = Annotated[int | None, Option("--keep", "-k", help="Images kept for each prompt (k).")]
 Selection = Annotated[
     list[str] | None,
-    Option("--select", "-s", help="Score or control that picks, e.g. self-confidence, mi-tune, random. Repeatable."),
+    Option("--select", "-s", help="Score or control that picks, e.g. contrast, mi-tune, random. Repeatable."),
 ]
 Race = Annotated[
     bool | None,
-    Option("--race/--no-race", help="Drop half-way what cannot win by its score so far; other rungs: pool.race."),
+    Option(
+        "--race/--no-race",
+        help="Drop half-way what cannot win by its score so far; other rungs: pool.race. By default where "
+        "self-confidence decides who is left, as with contrast.",
+    ),
 ]
 Seed = Annotated[int | None, Option(help="Seed of the candidates.")]
 Device = Annotated[str | None, Option(help="cpu, cuda, cuda:1, mps; the GPU if there is one.")]

@@ -241,8 +241,8 @@ def failures(rows: pa.Table) -> list[Failures]:
 
 
 def kendall_tau(first: Array, second: Array) -> float:
-    """Kendall's τ-b of two rankings (n,) with ties; nan where either is constant."""
-    return float(kendalltau(first, second).statistic)
+    """Kendall's τ-b of two rankings (n,) with ties; nan where either is constant, or has no two entries."""
+    return math.nan if len(first) < 2 else float(kendalltau(first, second).statistic)
 
 
 def selection(candidates: pa.Table, keep: int = 1, *, resamples: int = RESAMPLES, seed: int = 0) -> list[Selection]:

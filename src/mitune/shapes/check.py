@@ -68,7 +68,7 @@ def check_category(
     requests = [Request(prompt=p, seed=candidate_seed(seed, p, j)) for p in held_out for j in range(images)]
     right = malformed = wrong = 0
     for chunk, batch in generate_all(model, requests, batch_size):
-        for verdict in shapes_metric(decode(model, batch.latents), [request.prompt for request in chunk]):
+        for verdict in shapes_metric(list(decode(model, batch.latents)), [request.prompt for request in chunk]):
             right += verdict.exact and not verdict.malformed
             malformed += verdict.malformed
             wrong += not verdict.exact and not verdict.malformed

@@ -23,7 +23,7 @@ def save_grid(model: Model, file: Path, *, images: int, seed: int) -> None:
     requests = [Request(prompt=p, seed=candidate_seed(seed, p, j)) for p in prompts for j in range(images)]
     pictures, judged = [], []
     for chunk, batch in generate_all(model, requests, min(64, len(requests))):
-        made = decode(model, batch.latents)
+        made = list(decode(model, batch.latents))
         pictures += made
         judged += shapes_metric(made, [request.prompt for request in chunk])
     figure = Figure(figsize=(images + 2.6, len(prompts) * 1.06 + 0.4), layout="constrained")
