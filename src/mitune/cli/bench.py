@@ -150,7 +150,7 @@ def bench_select(
     result = summarize_study(pq.read_table(table))
     shown = only(result, SHOWN)
     write_bytes(run / "tables.md", tables_of(result).encode())
-    promise = "## Does the condition predict the gain?\n\n" + prediction_of(result, "normalized-negatives")
+    promise = "## Does the condition predict the gain?\n\n" + prediction_of(result, "contrast")
     write_bytes(run / "summary.md", f"{tables_of(shown)}\n{promise}".encode())
     write_bytes(run / "tau.png", tau_figure(shown))
     write_bytes(run / "gap.png", gap_figure(shown))
