@@ -72,6 +72,7 @@ def test_command_runs_and_goes_on(tmp_path):
     own = np.array([row["exact"] and not row["malformed"] for row in pool], float).reshape(-1, 2)
     kept = np.array([row["kept.self-confidence"] for row in pool]).reshape(-1, 2)
     closed = ((own * kept).sum() - own.mean(axis=1).sum()) / (own.max(axis=1) - own.mean(axis=1)).sum()
-    assert f"| shapes-sd | self-confidence | {closed:.2f} | {closed:.2f} [" in written  # its one category, and all
+    shown = f"{closed:.2f}".replace("-", "−")
+    assert f"| shapes-sd | self-confidence | {shown} | {shown} [" in written  # its one category, and all
     app(command, standalone_mode=False)
     assert (tmp_path / "gains.md").read_text(encoding="utf-8") == written

@@ -13,6 +13,7 @@ import torch
 from mitune.batches import constant_batches, texts_encoded_once
 from mitune.bench.race import replay
 from mitune.config import PoolConfig
+from mitune.contrast import NEGATIVES, rivals_of
 from mitune.denoiser import denoiser_of
 from mitune.errors import MituneError
 from mitune.generate import Request, candidate_seed, generate
@@ -262,6 +263,9 @@ class TestPool:
         config = replace(CONFIG, select=("contrast",), keep=3)
         rows = pq.read_table(build_pool(model, PROMPTS[:1], tmp_path / "pool", config).table)
         assert np.isfinite(np.array(rows["score.contrast"])).sum() == 6
+        # Six images and as many texts in runs of two steps, under the prompt and its rivals, at ε and −ε
+        texts = 1 + len(rivals_of(PROMPTS[0], ())[NEGATIVES])
+        assert sum(rows["further_calls"].to_pylist()) == pytest.approx(6 * texts * 2 / 2 + 2 * texts)
         assert rows["kept.contrast"].to_pylist().count(True) == 3
 
     def test_in_two_stages_the_first_decides_the_race(self, model, tmp_path):

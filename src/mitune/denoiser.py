@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -83,6 +84,17 @@ def compile_denoiser(denoiser: nn.Module, device: torch.device) -> None:
             f"model.compile finds nothing to compile with for {device}; install {needed}, or leave it out."
         ) from error
     denoiser.forward = torch.compile(denoiser.forward)
+
+
+@contextmanager
+def rows_counted(denoiser: nn.Module) -> Iterator[list[int]]:
+    """Hands out a list that gets the number of rows of each call of the denoiser."""
+    rows: list[int] = []
+    handle = denoiser.register_forward_hook(lambda _, __, output: rows.append(len(output[0])))
+    try:
+        yield rows
+    finally:
+        handle.remove()
 
 
 def family_of(denoiser: Any) -> Family:

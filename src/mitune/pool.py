@@ -24,6 +24,7 @@ from torch import Tensor
 from mitune.conditioning import stack
 from mitune.config import PoolConfig
 from mitune.contrast import FIRST_STAGES, POST_HOC, post_hoc, rivals_of
+from mitune.denoiser import denoiser_of, rows_counted
 from mitune.errors import MituneError
 from mitune.generate import Batch, Request, candidate_seed, decode, default_batch_size, generate_all
 from mitune.information import SCORES, Trace
@@ -49,7 +50,7 @@ class PoolResult:
     candidates: int
     broken: int  # NaN latents
     seconds: float
-    denoiser_calls: int  # one a candidate and step, with and without the prompt
+    denoiser_calls: int  # one a candidate and step, with and without the prompt; those of post-hoc scores likewise
     unraced_calls: int  # what they would be without a race
 
 
@@ -81,13 +82,14 @@ def build_pool(
     batch_size = _BatchSize.begin(folder, config, model)
     pool = _Pool(model, prompts, config, batch_size, rules, metric, Records(folder / "records"))
     mine = range(shard[0], len(prompts), shard[1])
-    todo, steps = [], []
+    todo, steps, further = [], [], 0.0
     for index in mine:
         record = pool.records.read(index)
         if record is None:
             todo.append(index)
         else:
             steps += record[0]["steps"].to_pylist()
+            further += sum(record[0]["further_calls"].to_pylist())
     total, done = len(mine) * config.candidates, (len(mine) - len(todo)) * config.candidates
     requests = [pool.request(index, candidate) for index in todo for candidate in range(config.candidates)]
     current = _Candidates()
@@ -96,7 +98,7 @@ def build_pool(
         for row in range(len(chunk)):
             current.add(batch, row)
             if len(current.latents) == config.candidates:
-                pool.finish(todo.pop(0), current)
+                further += pool.finish(todo.pop(0), current)
                 steps += current.steps
                 current = _Candidates()
         done += len(chunk)
@@ -112,8 +114,8 @@ def build_pool(
         candidates=total,
         broken=broken or 0,
         seconds=time.monotonic() - began,
-        denoiser_calls=sum(steps),
-        unraced_calls=total * max(steps, default=0),
+        denoiser_calls=sum(steps) + round(further),
+        unraced_calls=total * max(steps, default=0) + round(further),
     )
 
 
@@ -183,8 +185,11 @@ class _Pool:
         prompt = self.prompts[index]
         return Request(prompt=prompt, seed=candidate_seed(self.config.seed, prompt, candidate))
 
-    def finish(self, index: int, candidates: _Candidates) -> None:
-        """Scores and judges the candidates of a prompt, selects among them and writes the record."""
+    def finish(self, index: int, candidates: _Candidates) -> float:
+        """Scores and judges the candidates of a prompt, selects among them and writes the record.
+
+        Returns the further denoiser calls that post-hoc scores took.
+        """
         count, prompt = self.config.candidates, self.prompts[index]
         latents = torch.stack(candidates.latents)
         finite = torch.isfinite(latents).flatten(1).all(dim=1)
@@ -194,7 +199,9 @@ class _Pool:
         trace = Trace.from_columns(candidates.terms)
         free = {name: score(trace).where(finite, torch.nan) for name, score in SCORES.items()}
         scores = {name: values.tolist() for name, values in free.items()}
-        scores |= {name: self.post_hoc(name, index, latents, finite, free) for name in self.post_hoc_names}
+        with rows_counted(denoiser_of(self.model.pipe)) as rows:
+            scores |= {name: self.post_hoc(name, index, latents, finite, free) for name in self.post_hoc_names}
+        further = sum(rows) / 2  # a call while sampling has two rows
         columns: dict[str, Sequence[Any]] = {
             "prompt_index": [index] * count,
             "prompt": [prompt] * count,
@@ -202,6 +209,7 @@ class _Pool:
             "seed": [self.request(index, candidate).seed for candidate in range(count)],
             "status": status,
             "steps": candidates.steps,
+            "further_calls": [further / count] * count,
         }
         if self.metric is not None:
             shown = [j for j, step in enumerate(candidates.dropped) if not step]
@@ -222,6 +230,7 @@ class _Pool:
         tensors = {"latents": latents[sorted(stored)], "candidates": torch.tensor(sorted(stored))}
         tensors |= {f"conditioning.{name}": tensor for name, tensor in candidates.conditioning.items()}
         self.records.write(index, pa.table({name: list(values) for name, values in columns.items()}), tensors)
+        return further
 
     @property
     def post_hoc_names(self) -> list[str]:

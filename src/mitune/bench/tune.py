@@ -206,8 +206,8 @@ def markdown(rows: pa.Table) -> str:
         f"|---|---|--:{'|---' * 4}{'|--:' * 4}|",
     ]
     for gain in gains(rows):
-        by_seed = ", ".join(f"{value:+.3f}" for value in gain.by_seed)
-        share = "–" if math.isnan(gain.of_oracle) else f"{gain.of_oracle:.0%}"
+        by_seed = ", ".join(_figure(value, "+.3f") for value in gain.by_seed)
+        share = "–" if math.isnan(gain.of_oracle) else _figure(gain.of_oracle, ".0%")
         differences = [_signed(interval) for interval in (gain.over_base, gain.over_best)]
         cells = [
             f"{gain.model}, {gain.guidance_scale:g}", gain.variant, f"{gain.picked_right:.3f}", str(gain.exact),
@@ -246,8 +246,8 @@ def picks(configs: Sequence[Config], folder: Path, *, seeds: int) -> str:
             for category in names:
                 some = columns[(of_prompt == category) | (category == POOLED)]
                 (closed,) = bootstrap_ratio(*(some[:, [i]] for i in range(3)))
-                ends = f" [{closed.low:.2f}, {closed.high:.2f}]" if category == POOLED else ""
-                cells.append(f"{closed.value:.2f}{ends}")
+                value, low, high = (_figure(x, ".2f") for x in (closed.value, closed.low, closed.high))
+                cells.append(f"{value} [{low}, {high}]" if category == POOLED else value)
             lines.append(f"| {name} | {slug} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -259,5 +259,11 @@ def _candidates(column: NDArray[Any], config: Config) -> NDArray[Any]:
 
 def _signed(interval: Interval) -> str:
     """Bold where the whole interval lies on one side of zero."""
-    text = f"{interval.value:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]"
+    value, low, high = (_figure(x, "+.3f") for x in (interval.value, interval.low, interval.high))
+    text = f"{value} [{low}, {high}]"
     return f"**{text}**" if interval.sign else text
+
+
+def _figure(value: float, form: str) -> str:
+    """With the minus sign of print."""
+    return format(value, form).replace("-", "−")
