@@ -79,9 +79,9 @@ def test_a_whole_small_run(tmp_path, model):
     shown = mitune(*arguments, cwd=tmp_path)
     assert "report.html" in shown
     run = tmp_path / "run"
-    assert (run / "round-2" / "adapters" / "self-confidence" / "pytorch_lora_weights.safetensors").is_file()
+    assert (run / "round-2" / "adapters" / "contrast" / "pytorch_lora_weights.safetensors").is_file()
     rows = pq.read_table(run / "eval" / "images.parquet").to_pydict()
-    assert sorted(set(rows["variant"])) == ["base", "self-confidence"]
+    assert sorted(set(rows["variant"])) == ["base", "contrast"]
     assert len(rows["variant"]) == 2 * 2 * 2
     before = {f: f.read_bytes() for f in run.rglob("*") if f.is_file() and f.name != "cost.json"}
     mitune(*arguments, cwd=tmp_path)
@@ -90,7 +90,7 @@ def test_a_whole_small_run(tmp_path, model):
     assert "is a run of other settings" in mitune(*arguments, "-M", 5, cwd=tmp_path, status=2)
     mitune("eval", "run", "--guidance", 1.5, cwd=tmp_path)
     judged = pq.read_table(run / "eval" / "images.parquet").to_pydict()
-    assert sorted(set(judged["variant"])) == ["base", "base, guidance 1.5", "self-confidence"]
+    assert sorted(set(judged["variant"])) == ["base", "base, guidance 1.5", "contrast"]
     (run / "report.html").unlink()
     mitune("report", "run", cwd=tmp_path)
     assert "guidance 1.5" in (run / "report.html").read_text()
