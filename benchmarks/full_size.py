@@ -43,9 +43,9 @@ from transformers import (
 
 from mitune.adapter import add_adapter
 from mitune.config import FinetuneConfig, ModelConfig, PoolConfig
-from mitune.denoiser import denoiser_of
+from mitune.denoiser import denoiser_of, rows_counted
 from mitune.finetuning import finetune
-from mitune.models import Model, load_model, model_folder
+from mitune.models import load_model, model_folder
 from mitune.pool import build_pool
 from mitune.shapes.prompts import prompt_list
 
@@ -132,10 +132,10 @@ def measure(
     prompts = [listed.text for listed in prompt_list("color")]
     pool = PoolConfig(candidates=arguments.candidates, batch_size=arguments.candidates)
     build_pool(model, prompts[:1], folder / "first" / "pool", pool)  # the first call builds caches
-    rows = count_rows(model)
-    began = now()
-    result = build_pool(model, prompts[1:2], folder / "second" / "pool", pool)
-    took = now() - began
+    with rows_counted(denoiser_of(model.pipe)) as rows:
+        began = now()
+        result = build_pool(model, prompts[1:2], folder / "second" / "pool", pool)
+        took = now() - began
     forward, both = flops(type(denoiser_of(model.pipe)), config)
     rate = arguments.candidates / took
     pooled = [f"{rate:.3g}", f"{sum(rows) * forward / took / peak:.1%}", f"{POOL_IMAGES / rate / 3600:.3g}"]
@@ -155,13 +155,6 @@ def measure(
     iteration = median(after - before for before, after in zip(ends, ends[1:], strict=False))
     share = both * arguments.batch / iteration / peak
     return pooled, [f"{iteration:.3g}", f"{share:.1%}", f"{TRAINING_ITERATIONS * iteration / 60:.3g}"]
-
-
-def count_rows(model: Model) -> list[int]:
-    """Fills with the rows of each call of the denoiser."""
-    rows: list[int] = []
-    denoiser_of(model.pipe).register_forward_hook(lambda _, __, output: rows.append(len(output[0])))
-    return rows
 
 
 def peak_flops(side: int) -> float:

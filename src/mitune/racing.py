@@ -17,7 +17,7 @@ from mitune.information import SCORES
 from mitune.probe import MIProbe
 from mitune.selection import Rule, select
 
-SAFE = "self-confidence"  # the score whose races lose next to nothing: docs/racing.md
+SAFE = "self-confidence"  # the score that a race loses least of: docs/racing.md
 GROUP = 8  # denoiser batches that the candidates of one call of the pipeline may fill
 
 
@@ -78,7 +78,7 @@ class Race:
 def race_of(
     rungs: Rungs | None, rules: Sequence[Rule], first_stages: Mapping[str, str], *, candidates: int, keep: int
 ) -> Race | None:
-    """The race by these rungs, by default where it is known to lose next to nothing; None without one.
+    """The race by these rungs, by default where self-confidence decides; None without one.
 
     rungs: as in PoolConfig.race. `first_stages` has the on-line score that decides first, for each post-hoc score of
     two stages. Raises MituneError for a rule that needs all candidates finished: a control, a quantile, another

@@ -91,7 +91,7 @@ Each prompt's candidates ran to the end, and the schedules were replayed on them
 calls. *Same pick*: prompts whose best candidate (k = 1) is the one without a race. *Score regret*: what the pick lacks,
 as a share of best − mean. *Points lost*: exact share without − with a race, paired. *Share of the gain lost*: that over
 (best by the score − a random choice); "no gain" where that is not clearly above 0. Intervals: 95 %, prompts resampled.
-The default rungs were chosen on these prompts, among a dozen schedules that save as much.
+The default rungs were chosen on these prompts, among several schedules that save about as much.
 
 {tables}"""
 
@@ -169,8 +169,8 @@ def _run(model: Model, prompt: str, config: RaceConfig) -> pa.Table:
     so_far[-1] = {name: score(batch.trace) for name, score in SCORES.items()}
     latents = batch.latents.nan_to_num()
     verdicts = [judge(np.asarray(image), prompt) for image in decode(model, latents)]
-    second = CONTRAST.contrast
-    rivals = {kind: rivals_of(prompt, ())[kind] for kind in second.rivals}
+    second, known = CONTRAST.contrast, rivals_of(prompt, ())
+    rivals = {kind: known[kind] for kind in second.rivals}
     evidence = gather(model, latents, prompt, rivals, band=second.band, seed=config.seed, batch_size=config.batch_size)
     columns = {name: torch.stack([scores[name] for scores in so_far], dim=1).tolist() for name in SCORES}
     columns[CONTRAST.name] = second.of_needed(evidence).tolist()
