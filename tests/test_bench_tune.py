@@ -1,5 +1,6 @@
 """What fine-tuning gains: the figures of a table written by hand, and the command on the smallest study."""
 
+import json
 import math
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 
 from mitune.bench.tune import gains, markdown
 from mitune.cli import app
+from mitune.models import adapter_checksum
 
 
 def table(**right):
@@ -49,17 +51,25 @@ def test_without_a_clear_gain_of_the_oracle_there_is_no_share_of_it():
 
 
 def test_command_runs_and_goes_on(tmp_path):
+    """Two rounds: the second has a pool for each selection, made with its own adapter."""
     command = [
         "bench", "tune", "-m", "shapes-sd", "-s", "self-confidence", "--guidance-scale", "1.2", "-r",
         str(tmp_path / "run"), "-o", str(tmp_path / "gains.md"), "--set", "prompts=shapes:train/shape", "--set",
         "eval_prompts=shapes:heldout/shape", "--set", "pool.candidates=2", "--set", "eval.images=1", "--set",
-        "finetune.iterations=1", "--set", "finetune.batch_size=4", "--set", "model.steps=2",
+        "finetune.iterations=1", "--set", "finetune.batch_size=4", "--set", "model.steps=2", "-s", "random",
+        "--set", "rounds=2",
     ]  # fmt: skip
     app(command, standalone_mode=False)
     rows = pq.read_table(tmp_path / "run" / "images.parquet")
-    assert rows.num_rows == 40 * 2 * 2  # prompts × variants × guidance scales
+    assert rows.num_rows == 40 * 5 * 2  # prompts × variants × guidance scales
     assert set(rows["guidance_scale"].to_pylist()) == {1.2, 2.0}
-    pool = pq.read_table(tmp_path / "run" / "shapes-sd-0" / "round-1" / "pool" / "candidates.parquet").to_pylist()
+    assert set(rows["variant"].to_pylist()) == {
+        "base", "self-confidence", "random", "self-confidence, 2 rounds", "random, 2 rounds"
+    }  # fmt: skip
+    run = tmp_path / "run" / "shapes-sd-0"
+    made = {json.loads(f.read_text())["made_with"] for f in run.glob("round-2/pool-*/settings.json")}
+    assert made == {adapter_checksum(run / "round-1" / "adapters" / slug) for slug in ("self-confidence", "random")}
+    pool = pq.read_table(run / "round-1" / "pool" / "candidates.parquet").to_pylist()
     right = {False: [], True: []}
     for row in pool:
         right[row["kept.self-confidence"]].append(row["exact"] and not row["malformed"])

@@ -277,7 +277,7 @@ def test_pictures_carry_verdict_and_missed_parts(run):
 
 def test_extremes_are_ordered_by_the_selecting_score(run):
     """Four best and four worst; prompt 0 has a candidate without a score, which is never shown."""
-    pool = context(run)["rounds"][0]["pool"]
+    pool = context(run)["rounds"][0]["pools"][0]
     assert (pool["by"], pool["broken"], len(pool["cards"])) == ("self-confidence", 1, 6)
     for card in pool["cards"]:
         best, worst = card.strips
@@ -288,7 +288,7 @@ def test_extremes_are_ordered_by_the_selecting_score(run):
 
 def test_scores_are_held_against_the_judge(run):
     """Those made to know the verdict agree with it, the reversed one disagrees; the oracle is no score of its own."""
-    scores = {score["name"]: score for score in context(run)["rounds"][0]["pool"]["scores"]}
+    scores = {score["name"]: score for score in context(run)["rounds"][0]["pools"][0]["scores"]}
     assert list(scores) == list(SCORES)
     assert scores["self-confidence"]["selects"] and not scores["rfmi"]["selects"]
     assert scores["self-confidence"]["judged"]["agreement"]["sign"] == 1
@@ -362,7 +362,7 @@ def test_a_pool_without_judge(tmp_path):
     ]
     pq.write_table(pa.Table.from_pylist(rows), pool / "candidates.parquet")
     save(np.zeros((600, 400, 3), np.uint8), pool / "extremes" / "00000-003.png")
-    (score,) = context(tmp_path)["rounds"][0]["pool"]["scores"]
+    (score,) = context(tmp_path)["rounds"][0]["pools"][0]["scores"]
     assert score["judged"] is None
     page = Page(build_report(tmp_path).read_text("utf-8"))
     assert "No verdicts in this pool" in page.text

@@ -29,6 +29,12 @@ def test_random_is_seeded_and_fair():
     assert all(60 < count < 140 for i, count in enumerate(counts) if i != 1)  # 100 ± 4 standard deviations of 8.7
 
 
+def test_random_leaves_out_what_has_no_score_at_all():
+    rule, nothing = parse_rule("random", ["a", "b"]), [math.nan] * 3
+    assert apply(rule, {"a": nothing, "b": [math.nan, 1.0, 2.0]}, 3, 0) in ([1, 2], [2, 1])
+    assert apply(rule, {"a": nothing, "b": nothing}, 3, 0) == []
+
+
 def test_rules_as_text():
     assert parse_rule("a>=-0.5", ["a"]).threshold == -0.5
     assert parse_rule("a@0.9", ["a"]).quantile == 0.9

@@ -38,6 +38,7 @@ def test_defaults_are_the_dataclass():
         ("finetune.adapter=full", "must be one of lora, dora"),
         ("pool.candidates", "key=value"),
         ("rounds=0", "at least 1"),
+        ("pool.select=[random, random]", "names a score twice"),
     ],
 )
 def test_mistakes_are_named(assignment, sentence):

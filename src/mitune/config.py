@@ -91,6 +91,10 @@ class PoolConfig:
             "candidates that stays], the first rising and the second falling, e.g. [[0.25, 0.5], [0.5, 0.25]].",
         )
         _require(len(self.select) >= 1, "pool.select is empty; name at least one score, e.g. contrast.")
+        _require(
+            len(set(self.select)) == len(self.select),
+            f"pool.select = {list(self.select)} names a score twice; leave one out.",
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -66,8 +66,10 @@ def select(
 def apply(rule: Rule, columns: Mapping[str, Sequence[float]], keep: int, seed: int) -> list[int]:
     """The candidates that a rule keeps, given the scores of one prompt; `seed` serves the random control alone."""
     if rule.by == RANDOM:
-        finite = np.isfinite(np.asarray(next(iter(columns.values())), dtype=np.float64))
-        values: Sequence[float] = np.where(finite, np.random.default_rng(seed).random(len(finite)), np.nan).tolist()
+        # One score may have no value where a trajectory is short; a candidate without any is broken or was dropped.
+        scores = np.array(list(columns.values()), dtype=np.float64)
+        drawn = np.random.default_rng(seed).random(scores.shape[1])
+        values: Sequence[float] = np.where(np.isfinite(scores).any(axis=0), drawn, np.nan).tolist()
     else:
         values = columns[rule.by]
     return select(values, keep, threshold=rule.threshold, quantile=rule.quantile)

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-from mitune.config import Config
+from mitune.config import Config, PoolConfig
 from mitune.errors import MituneError
 from mitune.evaluation import Variant, evaluate
 from mitune.finetuning import finetune
@@ -73,12 +73,9 @@ def claim_run(run: Path, config: Config) -> None:
 def tune(config: Config, run: Path, *, stages: Stages = silent) -> TuneResult:
     """Runs Algorithm 1 for `config.rounds` rounds in the directory `run`; the same call goes on where it stopped.
 
+    From the second round on, each selection has a pool of its own, made with its adapter, which is trained further.
     Raises MituneError for bad settings or prompts before anything is made.
     """
-    if config.rounds > 1 and len(config.pool.select) > 1:
-        raise MituneError(
-            "pool.select must name a single score if rounds > 1: each further round builds on its adapter."
-        )
     base = load_model(config.model)
     prompts = [listed.text for listed in load_prompts(config.prompts, base.pipe)]
     metric = metric_for(config.model.name, prompts)
@@ -89,42 +86,61 @@ def tune(config: Config, run: Path, *, stages: Stages = silent) -> TuneResult:
     adapters: dict[str, Path] = {}
     for number in range(1, config.rounds + 1):
         folder = run / f"round-{number}"
-        before = next(iter(adapters.values()), None)
-        model = load_model(config.model, adapter=before) if before else base
-        with (
-            stages(f"Round {number}: making and scoring candidates") as step,
-            _cost(run, f"pool, round {number}") as cost,
-        ):
-            pool = build_pool(
-                model,
-                prompts,
-                folder / "pool",
-                config.pool,
-                metric=metric,
-                identity=adapter_checksum(before),
-                progress=step,
-            )
-            cost |= {
-                "candidates": pool.candidates,
-                "denoiser_calls": pool.denoiser_calls,
-                "unraced_calls": pool.unraced_calls,
-            }
-        for slug, dataset in pool.sets.items():
+        for name, before, settings in _pools(config.pool, adapters):
+            title = f"Round {number}: making and scoring candidates"
             with (
-                stages(f"Round {number}: fine-tuning on {slug}") as step,
-                _cost(run, f"fine-tuning on {slug}, round {number}"),
+                stages(f"{title} of {settings.select[0]}" if before else title) as step,
+                _cost(run, f"{name}, round {number}") as cost,
             ):
-                result = finetune(
-                    config.model,
-                    dataset,
-                    folder / "adapters" / slug,
-                    config.finetune,
-                    start_from=adapters.get(slug),
-                    progress=partial(_without_loss, step),
+                pool = build_pool(
+                    load_model(config.model, adapter=before) if before else base,
+                    prompts,
+                    folder / name,
+                    settings,
+                    metric=metric,
+                    identity=adapter_checksum(before),
+                    progress=step,
                 )
-            adapters[slug] = result.adapter
+                cost |= {
+                    "candidates": pool.candidates,
+                    "denoiser_calls": pool.denoiser_calls,
+                    "unraced_calls": pool.unraced_calls,
+                }
+            for slug, dataset in pool.sets.items():
+                with (
+                    stages(f"Round {number}: fine-tuning on {slug}") as step,
+                    _cost(run, f"fine-tuning on {slug}, round {number}"),
+                ):
+                    result = finetune(
+                        config.model,
+                        dataset,
+                        folder / "adapters" / slug,
+                        config.finetune,
+                        start_from=before,
+                        progress=partial(_without_loss, step),
+                    )
+                adapters[slug] = result.adapter
     verdict = judge_run(config, run, stages=stages) if config.eval_prompts else None
     return TuneResult(run, adapters, verdict, build_report(run))
+
+
+def _pools(config: PoolConfig, adapters: Mapping[str, Path]) -> list[tuple[str, Path | None, PoolConfig]]:
+    """The pools of a round: folder name, adapter that makes the candidates, settings.
+
+    At first one pool serves all selections. Then each selection has an adapter, and goes on alone.
+    """
+    if not adapters:
+        return [("pool", None, config)]
+    return [
+        ("pool" if len(adapters) == 1 else f"pool-{slug}", adapter, replace(config, select=(text,)))
+        for text, (slug, adapter) in zip(config.select, adapters.items(), strict=True)
+    ]
+
+
+def pool_of(run: Path, number: int, slug: str) -> Path:
+    """Where the candidates lie that a selection chose among in that round: in a pool of its own, or the one of all."""
+    own = run / f"round-{number}" / f"pool-{slug}"
+    return own if own.is_dir() else own.with_name("pool")
 
 
 def judge_run(config: Config, run: Path, *, stages: Stages = silent) -> Path:

@@ -7,12 +7,12 @@ and adapters are judged at every guidance scale, with the same prompts and seeds
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -38,7 +38,7 @@ from mitune.models import load_model
 from mitune.prompts import load_prompts
 from mitune.selection import ORACLE
 from mitune.store import write_table
-from mitune.tuning import Stages, Step, silent, tune
+from mitune.tuning import Stages, Step, pool_of, silent, tune
 
 BASE = "base"
 HEADER = """# What fine-tuning gains
@@ -48,6 +48,7 @@ Made by `{command}`.
 Each model makes a pool of candidates for its training prompts. From it a set is selected by each score, at random, and
 by the exact judge (*oracle*: what a perfect score would pick); an adapter is fine-tuned on each set and judged on
 held-out prompts, half of them with combinations that no training prompt has, with the prompts and seeds of the base.
+*2 rounds*: that adapter made candidates in turn, and was fine-tuned further on the picks among them.
 
 *picks right*: share of the images that the adapter was fine-tuned on that are exactly right; for the base, of all
 candidates. *exact*: the same share of images of held-out prompts, each with the same weight. *− base*: at the
@@ -90,9 +91,10 @@ def run_study(
             raise MituneError(f"{config.model.name} comes with no exact judge; study an embedded model.")
         for seed in range(seeds):
             run, seeded = folder / f"{name}-{seed}", _with_seed(config, seed)
-            adapters = tune(replace(seeded, eval_prompts=None), run, stages=stages).adapters
-            picked = _picked_right(run / f"round-{config.rounds}" / "pool" / "candidates.parquet", adapters)
-            variants = [Variant(name=BASE), *(Variant(name=slug, adapter=path) for slug, path in adapters.items())]
+            slugs = tune(replace(seeded, eval_prompts=None), run, stages=stages).adapters
+            adapters = [_Tuned(run, number, slug) for number in range(1, config.rounds + 1) for slug in slugs]
+            picked = _picked_right(adapters)
+            variants = [Variant(name=BASE), *(Variant(name=own.variant, adapter=own.adapter) for own in adapters)]
             for scale in dict.fromkeys([base.guidance_scale, *guidance_scales]):
                 at_scale = replace(seeded, model=replace(config.model, guidance_scale=scale))
                 judging = partial(_judging, stages, scale)
@@ -117,11 +119,35 @@ def _with_seed(config: Config, seed: int) -> Config:
     )
 
 
-def _picked_right(pool: Path, selections: Iterable[str]) -> dict[str, float]:
-    """Which share of the candidates that each selection kept is right and well drawn; of all of them for the base."""
-    table = pq.read_table(pool)
-    right = numbers(table, "exact") * ~flags(table, "malformed")
-    return {BASE: float(right.mean())} | {s: float(right[flags(table, f"kept.{s}")].mean()) for s in selections}
+@dataclass(frozen=True, slots=True)
+class _Tuned:
+    """What a selection came to after a round."""
+
+    run: Path
+    number: int
+    selection: str
+
+    @property
+    def variant(self) -> str:
+        return self.selection if self.number == 1 else f"{self.selection}, {self.number} rounds"
+
+    @property
+    def adapter(self) -> Path:
+        return self.run / f"round-{self.number}" / "adapters" / self.selection
+
+    def candidates(self) -> pa.Table:
+        """What the selection chose among, with its choice as the column `kept`, and what is `right` and well drawn."""
+        table = pq.read_table(pool_of(self.run, self.number, self.selection) / "candidates.parquet")
+        right = numbers(table, "exact") * ~flags(table, "malformed")
+        columns = {"prompt": table["prompt"], "right": right, "kept": table[f"kept.{self.selection}"]}
+        return pa.table(columns)
+
+
+def _picked_right(adapters: Sequence[_Tuned]) -> dict[str, float]:
+    """Which share of the candidates that each selection kept is right; of all in the first pool for the base."""
+    pools = {own.variant: own.candidates() for own in adapters}
+    shares = {BASE: float(numbers(next(iter(pools.values())), "right").mean())}
+    return shares | {name: float(numbers(pool, "right")[flags(pool, "kept")].mean()) for name, pool in pools.items()}
 
 
 def _judging(stages: Stages, scale: float, variant: Variant) -> AbstractContextManager[Step]:
@@ -233,28 +259,31 @@ def picks(configs: Sequence[Config], folder: Path, *, seeds: int) -> str:
         if not lines:
             lines = [f"| model | picked by | {' | '.join(names)} |", f"|---|---|{'--:|' * len(names)}"]
         name = Path(config.model.name).name
-        pools = [folder / f"{name}-{seed}" / f"round-{config.rounds}" / "pool" for seed in range(seeds)]
-        rows = pa.concat_tables(pq.read_table(pool / "candidates.parquet") for pool in pools)
-        right = _candidates(numbers(rows, "exact") * ~flags(rows, "malformed"), config)
-        of_prompt = _candidates(np.array([categories[prompt] for prompt in rows["prompt"].to_pylist()]), config)[:, 0]
-        drawn, best = right.mean(axis=1), np.sort(right, axis=1)[:, -config.pool.keep :].mean(axis=1)
-        for slug in (column.removeprefix("kept.") for column in rows.column_names if column.startswith("kept.")):
-            kept = _candidates(flags(rows, f"kept.{slug}"), config)
+        runs = [folder / f"{name}-{seed}" for seed in range(seeds)]
+        columns = pq.read_schema(runs[0] / "round-1" / "pool" / "candidates.parquet").names
+        slugs = [column.removeprefix("kept.") for column in columns if column.startswith("kept.")]
+        for number, slug in product(range(1, config.rounds + 1), slugs):
+            chosen = [_Tuned(run, number, slug) for run in runs]
+            rows = pa.concat_tables(each.candidates() for each in chosen)
+            right, kept = (_by_prompt(rows, column, config) for column in ("right", "kept"))
+            asked = rows["prompt"].to_pylist()[:: config.pool.candidates]
+            of_prompt = np.array([categories[prompt] for prompt in asked])
+            drawn, best = right.mean(axis=1), np.sort(right, axis=1)[:, -config.pool.keep :].mean(axis=1)
             picked = (right * kept).sum(axis=1) / kept.sum(axis=1)
-            columns = np.stack([picked - drawn, best - drawn, -drawn], axis=1)
+            gaps = np.stack([picked - drawn, best - drawn, -drawn], axis=1)
             cells = []
             for category in names:
-                some = columns[(of_prompt == category) | (category == POOLED)]
+                some = gaps[(of_prompt == category) | (category == POOLED)]
                 (closed,) = bootstrap_ratio(*(some[:, [i]] for i in range(3)))
                 value, low, high = (_figure(x, ".2f") for x in (closed.value, closed.low, closed.high))
                 cells.append(f"{value} [{low}, {high}]" if category == POOLED else value)
-            lines.append(f"| {name} | {slug} | {' | '.join(cells)} |")
+            lines.append(f"| {name} | {chosen[0].variant} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def _candidates(column: NDArray[Any], config: Config) -> NDArray[Any]:
+def _by_prompt(rows: pa.Table, column: str, config: Config) -> NDArray[np.float64]:
     """A column of a pool's table, (prompts, M)."""
-    return column.reshape(-1, config.pool.candidates)
+    return numbers(rows, column).reshape(-1, config.pool.candidates)
 
 
 def _signed(interval: Interval) -> str:

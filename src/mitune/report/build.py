@@ -266,27 +266,40 @@ def _forest(comparisons: Sequence[Comparison], colors: Mapping[str, str]) -> Con
 
 
 def _round(folder: Path, config: Mapping[str, Any], rules: Sequence[Rule], colors: Mapping[str, str]) -> Context:
-    """One round: its pool's counts, scores and extremes, and its trainings."""
-    verdict = {"exact": pa.bool_(), "graded": pa.float64(), "malformed": pa.bool_()}
-    candidates = read_table(folder / "pool" / "candidates.parquet", optional=verdict)
+    """One round: its pools, and its trainings."""
     title = folder.name.replace("-", " ").capitalize()
-    found: Context = {"folder": folder.name, "title": title, "pool": None, "training": _training(folder, colors)}
+    own = [(rule, folder / f"pool-{rule.slug}") for rule in rules]  # from the second round on
+    pools = [_pool(path, f"{title}, {rule.slug}", config, [rule]) for rule, path in own if path.is_dir()]
+    return {
+        "folder": folder.name,
+        "title": title,
+        "pools": pools or [_pool(folder / "pool", title, config, rules)],
+        "training": _training(folder, colors),
+    }
+
+
+def _pool(folder: Path, title: str, config: Mapping[str, Any], rules: Sequence[Rule]) -> Context:
+    """A pool's counts, scores and extremes."""
+    verdict = {"exact": pa.bool_(), "graded": pa.float64(), "malformed": pa.bool_()}
+    candidates = read_table(folder / "candidates.parquet", optional=verdict)
+    where = f"{folder.parent.name}/{folder.name}"
+    found: Context = {"folder": where, "id": where.replace("/", "-"), "title": title, "made": candidates is not None}
     if candidates is None:
         return found
     names = [name.removeprefix("score.") for name in candidates.column_names if name.startswith("score.")]
     statuses = candidates["status"].to_pylist()
     by = next((name for name in (*(rule.by for rule in rules), "mi-tune", *names) if name in names), None)
-    found["pool"] = {
+    keep = setting(config, "pool.keep") or 1
+    return found | {
         "prompts": len(candidates["prompt_index"].unique()),
         "candidates": candidates.num_rows,
         "broken": statuses.count("nan"),
         "raced": len(statuses) - statuses.count("nan") - statuses.count("ok"),
         "by": by,
-        "keep": setting(config, "pool.keep") or 1,
-        "cards": extremes(folder / "pool" / "extremes", candidates, by) if by else [],
-        "scores": _scores(candidates, setting(config, "pool.keep") or 1, [rule.by for rule in rules], folder.name),
+        "keep": keep,
+        "cards": extremes(folder / "extremes", candidates, by) if by else [],
+        "scores": _scores(candidates, keep, [rule.by for rule in rules], title),
     }
-    return found
 
 
 def _scores(candidates: pa.Table, keep: int, selecting: Sequence[str], where: str) -> list[Context]:
