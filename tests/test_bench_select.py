@@ -2,6 +2,7 @@
 
 import math
 import random
+from dataclasses import asdict, replace
 
 import numpy as np
 import pyarrow as pa
@@ -33,6 +34,7 @@ from mitune.shapes.grammar import CATEGORIES, parse
 from mitune.shapes.judge import judge
 from mitune.shapes.prompts import prompt_list, shapes_prompts
 from mitune.shapes.scene import parts, render, sample_scene
+from mitune.store import write_json
 
 PROMPT = "a red circle to the left of a blue square"
 
@@ -179,18 +181,27 @@ def test_a_stopped_study_goes_on(tmp_path):
 
 
 @pytest.mark.slow
-def test_knowledge_with_and_without_a_judge():
+def test_knowledge_with_and_without_a_judge(tmp_path):
     models = [ModelConfig(name="shapes-sd", device="cpu", steps=3)]
     prompts = some_of_each(shapes_prompts("heldout/color"), 2)
-    judged, unjudged = (
-        knowledge(models, prompts, negatives=shapes_negatives, metric=metric, scenes=scenes, images=2)[0]
-        for metric, scenes in ((shapes_metric, 3), (None, 0))
-    )
+
+    def ask(metric, scenes, images=2):
+        folder = tmp_path / f"{scenes}"
+        return knowledge(
+            models, prompts, folder, negatives=shapes_negatives, metric=metric, scenes=scenes, images=images
+        )[0]
+
+    judged, unjudged = ask(shapes_metric, 3), ask(None, 0)
     assert judged.rendered.trials == 3 and judged.shows.trials == 4
     assert judged.right.trials + judged.wrong.trials == judged.wins.trials == 4
     assert judged.wins == unjudged.wins
     assert (unjudged.rendered, unjudged.shows, unjudged.right, unjudged.wrong) == (None,) * 4
     assert markdown([unjudged]).splitlines()[-1].count("–") == 4
+    file = tmp_path / "3" / "knowledge.json"
+    write_json(file, [asdict(replace(judged, rendered=Share(hits=7, trials=9)))])
+    assert ask(shapes_metric, 3).rendered == Share(hits=7, trials=9)  # read, not made again
+    with pytest.raises(MituneError, match="images"):
+        ask(shapes_metric, 3, images=1)
 
 
 def test_no_candidates_no_study():

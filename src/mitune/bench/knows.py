@@ -8,8 +8,11 @@ need a judge; without one, only the share of own samples whose prompt wins can b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 from mitune.config import ModelConfig
 from mitune.contrast import told_apart
@@ -19,8 +22,25 @@ from mitune.models import Model, load_model
 from mitune.negatives import Negative
 from mitune.shapes.check import Share, knows
 from mitune.shapes.prompts import Listed
+from mitune.store import claim, write_json
 
 Progress = Callable[[int, int], None]
+HEADER = """# Can selection pay?
+
+Made by `{command}`.
+
+A model *knows* an image's prompt if that has a lower denoising error than each of the prompt's hard negatives.
+Shares, with 95 % intervals (Wilson):
+
+- **rendered**: of rendered scenes, those whose prompt wins; does not hang on guidance.
+- **shows**: own samples that are exactly right.
+- **own right**: of these, those whose prompt wins.
+- **own wrong recognized**: of the other samples, those whose prompt does *not* win.
+
+Selection pays where *shows* is low and *own wrong recognized* is high: there is something to gain, and the model can
+tell.
+
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,10 +59,15 @@ class Knowledge:
     wrong: Share | None  # of the others: it does not, so the model recognizes its mistake
     wins: Share  # all own samples whose prompt wins
 
+    @property
+    def key(self) -> tuple[str, str, float]:
+        return self.model, self.category, self.guidance_scale
+
 
 def knowledge(
     models: Sequence[ModelConfig],
     prompts: Sequence[Listed],
+    folder: Path,
     *,
     negatives: Callable[[str], Sequence[Negative]],
     metric: Metric | None,
@@ -54,51 +79,67 @@ def knowledge(
 ) -> list[Knowledge]:
     """The shares by category for each of the models, given with their guidance scales.
 
-    `scenes` rendered scenes a category, 0 where prompts are not of the shapes world; `images` samples a prompt.
+    `scenes` rendered scenes a category, 0 where prompts are not of the shapes world; `images` samples a prompt. What
+    `folder` holds already is not made again. Raises MituneError for a folder of other settings.
     """
-    found: list[Knowledge] = []
-    rendered: dict[tuple[str, str], Share] = {}  # by model and category, whatever the guidance
+    rivals = {listed.text: [negative.prompt for negative in negatives(listed.text)] for listed in prompts}
+    claim(folder, {"negatives": rivals, "scenes": scenes, "images": images, "seed": seed}, "study")
+    file = folder / "knowledge.json"
+    known = {found.key: found for found in _read(file)}
     categories = list(dict.fromkeys(listed.category for listed in prompts))
+    found: list[Knowledge] = []
     for settings in models:
         model = load_model(settings)
         for category in categories:
             if progress:
                 progress(len(found), len(models) * len(categories))
-            same = (settings.name, category)
-            if scenes and same not in rendered:
-                rendered[same], _ = knows(model, category, scenes=scenes, seed=seed, batch_size=batch_size)
-            texts = [listed.text for listed in prompts if listed.category == category]
-            won, exact = _samples(model, texts, negatives, metric, images, seed, batch_size)
-            pairs = [(win, right) for win, right in zip(won, exact, strict=True) if win is not None]
-            own_right, own_wrong = ([win for win, right in pairs if right is asked] for asked in (True, False))
-            found.append(
-                Knowledge(
+            key = (settings.name, category, model.guidance_scale)
+            if key not in known:
+                texts = [listed.text for listed in prompts if listed.category == category]
+                won, exact = _samples(model, texts, rivals, metric, images, seed, batch_size)
+                pairs = [(win, right) for win, right in zip(won, exact, strict=True) if win is not None]
+                own_right, own_wrong = ([win for win, right in pairs if right is asked] for asked in (True, False))
+                rendered = next((k.rendered for k in known.values() if k.key[:2] == key[:2]), None)
+                if scenes and rendered is None:
+                    rendered, _ = knows(model, category, scenes=scenes, seed=seed, batch_size=batch_size)
+                known[key] = Knowledge(
                     model=settings.name,
                     category=category,
                     guidance_scale=model.guidance_scale,
-                    rendered=rendered.get(same),
+                    rendered=rendered,
                     shows=Share(hits=sum(map(bool, exact)), trials=len(exact)) if metric else None,
                     right=Share(hits=sum(own_right), trials=len(own_right)) if metric else None,
                     wrong=Share(hits=len(own_wrong) - sum(own_wrong), trials=len(own_wrong)) if metric else None,
                     wins=Share(hits=sum(win for win, _ in pairs), trials=len(pairs)),
                 )
-            )
+                write_json(file, [asdict(each) for each in known.values()])
+            found.append(known[key])
     if progress:
         progress(len(found), len(found))
     return found
 
 
+def _read(file: Path) -> list[Knowledge]:
+    if not file.exists():
+        return []
+    rows = json.loads(file.read_text(encoding="utf-8"), object_hook=_share_or_row)
+    return [Knowledge(**row) for row in rows]
+
+
+def _share_or_row(found: dict[str, Any]) -> Share | dict[str, Any]:
+    return Share(**found) if "hits" in found else found
+
+
 def _samples(
     model: Model,
     prompts: Sequence[str],
-    negatives: Callable[[str], Sequence[Negative]],
+    rivals: Mapping[str, Sequence[str]],
     metric: Metric | None,
     images: int,
     seed: int,
     batch_size: int,
 ) -> tuple[list[bool | None], list[bool | None]]:
     """Of `images` samples a prompt, one by one: whether the prompt wins, and whether the image is right, if known."""
-    rivals = {prompt: [negative.prompt for negative in negatives(prompt)] for prompt in prompts}
     requests = [Request(prompt=p, seed=candidate_seed(seed, p, j)) for p in prompts for j in range(images)]
     won: list[bool | None] = []
     exact: list[bool | None] = []

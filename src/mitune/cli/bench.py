@@ -71,6 +71,7 @@ def bench_knows(
     images: Annotated[int, Option("--images", "-n", min=1, help="Samples a prompt.")] = 4,
     seed: Annotated[int, Option(help="Seed.")] = 0,
     device: Device = None,
+    run: RunFolder = Path("runs/knows"),
     output: Annotated[Path | None, Option("--output", "-o", help="Also write the table here, as Markdown.")] = None,
 ) -> None:
     """Can selection pay? What a model knows of its prompts, what it shows, and what it recognizes as wrong.
@@ -79,7 +80,7 @@ def bench_knows(
 
     Example:  mitune bench knows -m shapes-sd --guidance-scale 2 --guidance-scale 4 --scenes 100
     """
-    from mitune.bench.knows import knowledge, markdown
+    from mitune.bench.knows import HEADER, knowledge, markdown
     from mitune.bench.select import at_scales
     from mitune.metrics.judgment import shapes_metric
     from mitune.negatives import hard_negatives, load_negatives
@@ -92,6 +93,7 @@ def bench_knows(
         found = knowledge(
             at_scales(model or ["shapes-sd"], guidance_scale or [], device or "auto"),
             load_prompts(prompts),
+            run,
             negatives=lambda prompt: hard_negatives(prompt, own),
             metric=shapes_metric if embedded else None,
             scenes=scenes if embedded else 0,
@@ -102,7 +104,11 @@ def bench_knows(
     table = markdown(found)
     typer.echo(table)
     if output is not None:
-        write_bytes(output, table.encode())
+        words = [f"-m {name}" for name in model or ["shapes-sd"]]
+        words += [f"--guidance-scale {scale:g}" for scale in guidance_scale or []]
+        words += [f"--negatives {negatives}"] if negatives is not None else []
+        command = " ".join(["mitune bench knows", *words, f"-p {prompts} --scenes {scenes} -n {images} --seed {seed}"])
+        write_bytes(output, (HEADER.format(command=f"{command} -o {output}") + table).encode())
 
 
 @app.command(name="select")
