@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mitune.bench.knows import Knowledge, knowledge, markdown
+from mitune.bench.knows import Knowledge, knowledge, markdown, prediction
 from mitune.bench.select import (
     BOUND,
     FAILURES,
@@ -209,16 +209,35 @@ def test_no_candidates_no_study():
         SelectConfig(candidates=1)
 
 
+def known_of(category, wrong=1):
+    half = Share(hits=1, trials=2)
+    return Knowledge(
+        model="m", category=category, guidance_scale=2.0, rendered=None, shows=half, right=half,
+        wrong=Share(hits=wrong, trials=2), wins=half,
+    )  # fmt: skip
+
+
 def test_a_table_of_knowledge():
-    share = Share(hits=1, trials=2)
-    known = Knowledge(
-        model="m",
-        category="color",
-        guidance_scale=2.0,
-        rendered=None,
-        shows=share,
-        right=share,
-        wrong=share,
-        wins=share,
-    )
-    assert markdown([known]).splitlines()[-1].startswith("| color | m | 2 | – | 0.500 [")
+    assert markdown([known_of("color")]).splitlines()[-1].startswith("| color | m | 2 | – | 0.500 [")
+
+
+def test_what_was_promised_is_held_against_what_was_gained():
+    """By the first selection, at the guidance scale of the candidates."""
+    right = {"base": (0, 0), "contrast": (1, 2), "random": (2, 0)}  # of two images, by category
+    rows = [
+        {
+            "model": "m", "guidance_scale": scale, "variant": variant, "prompt": category, "category": category,
+            "split": "seen", "image": image, "seed": image, "exact": scale == 2 and image < count, "graded": 1.0,
+            "malformed": False,
+        }
+        for scale in (2.0, 4.0)
+        for variant, counts in right.items()
+        for category, count in zip(("color", "shape"), counts, strict=True)
+        for image in range(2)
+    ]  # fmt: skip
+    study = pa.Table.from_pylist(rows)
+    shown = prediction([known_of("color"), known_of("shape", wrong=2)], [study])
+    assert "| color | m | 2 | 0.250 | 0.500 [" in shown and "| shape | m | 2 | 0.500 | 1.000 [" in shown
+    assert "`contrast`" in shown and "2 rows: 1.00" in shown
+    with pytest.raises(MituneError, match="shares no model"):
+        prediction([known_of("numeracy")], [study])

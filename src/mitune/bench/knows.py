@@ -14,10 +14,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from mitune.config import ModelConfig
 from mitune.contrast import told_apart
+from mitune.errors import MituneError
 from mitune.generate import Request, candidate_seed, decode, generate_all
 from mitune.metrics.judgment import Metric
+from mitune.metrics.statistics import POOLED, Interval, kendall_tau, summarize
 from mitune.models import Model, load_model
 from mitune.negatives import Negative
 from mitune.shapes.check import Share, knows
@@ -39,6 +45,14 @@ Shares, with 95 % intervals (Wilson):
 
 Selection pays where *shows* is low and *own wrong recognized* is high: there is something to gain, and the model can
 tell.
+
+"""
+PREDICTION = """
+## Was it so?
+
+*Promised*: the share of its own samples that a model gets wrong and recognizes as such. *Gained*, by fine-tuning on
+what `{selection}` picked: exactly right, over the base, on held-out prompts (`mitune bench tune`), with 95 % intervals.
+Kendall's τ between the two, over {rows} rows: {tau:.2f}.
 
 """
 
@@ -164,6 +178,41 @@ def markdown(found: Sequence[Knowledge]) -> str:
         shares = (known.rendered, known.right, known.shows, known.wrong, known.wins)
         lines.append([known.category, known.model, f"{known.guidance_scale:g}", *map(_cell, shares)])
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def prediction(found: Sequence[Knowledge], studies: Sequence[pa.Table]) -> str:
+    """What was promised beside what fine-tuning gained, by category, and Kendall's τ between them, as Markdown.
+
+    `studies` are tables of judged images that `bench tune` left; of each model in them the guidance scale that its
+    candidates were made at counts, and the first selection. Promised is the share of all own samples that are wrong and
+    recognized as such. Raises MituneError where no category is in both.
+    """
+    gained: dict[tuple[str, str, float], Interval | None] = {}
+    selection = ""
+    for study in studies:
+        for name in dict.fromkeys(study["model"].to_pylist()):
+            rows = study.filter(pc.equal(study["model"], name))
+            scale = rows["guidance_scale"][0].as_py()
+            compared = summarize(rows.filter(pc.equal(rows["guidance_scale"], scale)))
+            selection = next(c.variant for c in compared if c.variant != "base")
+            gained |= {
+                (name, c.category, scale): c.difference
+                for c in compared
+                if c.variant == selection and c.metric == "exact" and c.split == POOLED
+            }
+    lines, promises, gains = [], [], []
+    for known in found:
+        gain = gained.get((Path(known.model).name, known.category, known.guidance_scale))
+        if gain is None or known.wrong is None or known.shows is None:
+            continue
+        promises.append(known.wrong.value * (1 - known.shows.value))
+        gains.append(gain.value)
+        lines.append(f"| {known.category} | {known.model} | {known.guidance_scale:g} | {promises[-1]:.3f} | {gain} |\n")
+    if not lines:
+        raise MituneError("The study of fine-tuning shares no model, category and guidance scale; ask for its own.")
+    tau = kendall_tau(np.array(promises), np.array(gains))
+    text = PREDICTION.format(selection=selection, rows=len(lines), tau=tau)
+    return f"{text}| category | model | guidance | promised | gained |\n|---|---|--:|--:|---|\n{''.join(lines)}"
 
 
 def _cell(share: Share | None) -> str:

@@ -71,6 +71,10 @@ def bench_knows(
     images: Annotated[int, Option("--images", "-n", min=1, help="Samples a prompt.")] = 4,
     seed: Annotated[int, Option(help="Seed.")] = 0,
     device: Device = None,
+    gains: Annotated[
+        list[Path] | None,
+        Option(help="images.parquet of `mitune bench tune`: is what it gained what was promised? Repeatable."),
+    ] = None,
     run: RunFolder = Path("runs/knows"),
     output: Annotated[Path | None, Option("--output", "-o", help="Also write the table here, as Markdown.")] = None,
 ) -> None:
@@ -80,7 +84,9 @@ def bench_knows(
 
     Example:  mitune bench knows -m shapes-sd --guidance-scale 2 --guidance-scale 4 --scenes 100
     """
-    from mitune.bench.knows import HEADER, knowledge, markdown
+    import pyarrow.parquet as pq
+
+    from mitune.bench.knows import HEADER, knowledge, markdown, prediction
     from mitune.bench.select import at_scales
     from mitune.metrics.judgment import shapes_metric
     from mitune.negatives import hard_negatives, load_negatives
@@ -102,11 +108,14 @@ def bench_knows(
             progress=step,
         )
     table = markdown(found)
+    if gains:
+        table += prediction(found, [pq.read_table(file) for file in gains])
     typer.echo(table)
     if output is not None:
         words = [f"-m {name}" for name in model or ["shapes-sd"]]
         words += [f"--guidance-scale {scale:g}" for scale in guidance_scale or []]
         words += [f"--negatives {negatives}"] if negatives is not None else []
+        words += [f"--gains {file}" for file in gains or []]
         command = " ".join(["mitune bench knows", *words, f"-p {prompts} --scenes {scenes} -n {images} --seed {seed}"])
         write_bytes(output, (HEADER.format(command=f"{command} -o {output}") + table).encode())
 
