@@ -47,7 +47,8 @@ def bench_mi(
             progress=step,
         )
     picture = output.with_suffix(".png")
-    command = f"mitune bench mi --tasks {tasks} --estimators {estimators} --n {n} --seeds {seeds} --output {output}"
+    command = f"mitune bench mi --tasks {tasks} --estimators {estimators} --n {n} --seeds {seeds}"
+    command = f"{command} --results {results} --output {output}"
     write_bytes(picture, figure(found, names[:3]))
     write_bytes(output, (HEADER.format(command=command, picture=picture.name) + markdown(found)).encode())
     say("Table", output)
