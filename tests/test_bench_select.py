@@ -126,6 +126,7 @@ def test_figures_of_known_scores():
     condition = next(c for c in result.conditions if c.category == "all")
     assert (condition.drawn.value, condition.oracle.value) == (pytest.approx(0.3), 1)
     assert condition.right_known.value == condition.wrong_known.value == 1
+    assert condition.untied.value == pytest.approx(math.sqrt(3 * 7 / 45))  # of 45 pairs, those of a right and a wrong
     shares = {(d.score, d.failure): d.share.value for d in result.discernments}
     assert {failure for _, failure in shares} == {TOO_MUCH, TOO_LITTLE}
     assert shares["truth", TOO_MUCH] == 1 and shares["wrong", TOO_MUCH] == 0

@@ -23,6 +23,7 @@ from mitune.contrast import (
     Contrast,
     Evidence,
     capped_margin,
+    fits,
     gather,
     mean_normalized_margin,
     mean_rank,
@@ -122,6 +123,18 @@ def test_scores_read_only_what_they_need():
     assert CONTRASTS["margin-negatives-sparse"].needs(evidence).calls == 2 * 3 * 4
     assert CONTRASTS["confidence"].needs(evidence).calls == 2 * 8
     assert CONTRASTS["margin-words"](evidence.against(NEGATIVES)).isnan().all()
+
+
+def test_what_fits_beats_all_rivals_and_is_not_among_the_least_likely():
+    errors = torch.tensor([[float(i), 10.0, 10.0] for i in range(10)])  # one after the other less likely
+    errors[[2, 9], 2] = 0.0  # these lose against a rival
+    errors[4] = math.nan
+    evidence = Evidence(
+        kinds=KINDS, log_snr=torch.zeros(1), step=1.0, errors=errors[..., None], distances=torch.ones(10, 3, 1),
+        dimensions=1,
+    )  # fmt: skip
+    expected = torch.tensor([1, 1, 0, 1, math.nan, 1, 1, 1, 1, -1], dtype=torch.float64)
+    torch.testing.assert_close(fits(evidence), expected, equal_nan=True)
 
 
 def test_a_rival_that_reads_the_same_does_not_count():

@@ -37,6 +37,7 @@ SIGNS = (1, -1)  # of ε: the antithetic pair
 ASKED = "asked"
 RIVALS = NEGATIVES, WIDER, OTHERS, WORDS, NULL = "negatives", "wider", "others", "words", "null"
 OTHER_PROMPTS = 5  # of the run that are rivals
+UNLIKELY = 0.1  # the share of a prompt's images that `fits` holds to be badly drawn
 _UNSAID = {"a", "an", "the", "and", "or", "of", "in", "on", "to", "at", "by", "with", "from", "is", "are", "its"}
 
 
@@ -175,6 +176,14 @@ def log_self_confidence(evidence: Evidence) -> Tensor:
     return -(values * weights).sum(dim=1) / weights.sum()
 
 
+def fits(evidence: Evidence) -> Tensor:
+    """Does an image fit, as far as the model can tell? (N,): 1 where all rivals are beaten, else 0; one less where the
+    image is among the least likely tenth of its prompt's. What it cannot tell apart it leaves equal."""
+    likely = self_confidence(evidence)
+    unlikely = likely < likely.nanquantile(UNLIKELY)
+    return torch.where(likely.isfinite(), (smallest_margin(evidence) > 0).double() - unlikely.double(), math.nan)
+
+
 def divergence(evidence: Evidence) -> Tensor:
     """D from the one rival, (N,), in nats: from the empty prompt it is the orthogonal estimator of ITD."""
     return evidence.divergences[:, 0]
@@ -232,6 +241,7 @@ _ALL_CONTRASTS = (
     *_family("standardized", "min m/√2D", standardized_margin, *_WITH),
     *_family("mean-normalized", "mean m/D", mean_normalized_margin, *_WITH),
     *_family("information", "−log mean exp(−m)", point_wise_information, *_WITH),
+    *_family("fits", "[min m > 0] − [least likely tenth]", fits, "negatives", "wide"),
     Contrast("confidence", "−mean ‖ε̂_p − ε‖²/d", self_confidence),
     *(Contrast(f"confidence-{b}", "−mean ‖ε̂_p − ε‖²/d", self_confidence, band=BANDS[b]) for b in BANDS),
     Contrast("confidence-solace", "−mean of w log ‖ε̂_p − ε‖²/d", log_self_confidence),

@@ -41,7 +41,7 @@ SHOWN = (
     "normalized-wide", "standardized-wide", "information-wide", "normalized-negatives-early",
     "normalized-negatives-middle", "normalized-negatives-single", "ranks-normalized-negatives",
     "ranks-normalized-wide", "ranks-information-wide", "contrast", "stages-normalized-wide",
-    "stages-standardized-negatives",
+    "stages-standardized-negatives", "fits-negatives", "fits-negatives-below-0", "fits-negatives-single", "fits-wide",
 )  # fmt: skip
 MARGIN = "margin-negatives"  # above 0: the asked prompt beats all its hard negatives
 
@@ -71,6 +71,7 @@ class Condition:
     oracle: Interval  # of the best by the judge
     right_known: Share  # own right candidates whose prompt beats its hard negatives
     wrong_known: Share  # own wrong candidates whose prompt does not
+    untied: Interval  # the highest τ that a score without ties can have, as the judge's grades have some
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,8 +175,8 @@ def _prompts(table: pa.Table) -> list[_Prompt]:
 
 
 def _condition(setting: Setting, category: str, prompts: Sequence[_Prompt], resamples: int) -> Condition:
-    figures = np.array([(prompt.exact.mean(), prompt.exact.max()) for prompt in prompts])
-    drawn, oracle = bootstrap(figures, low=0, high=1, resamples=resamples)
+    figures = np.array([(prompt.exact.mean(), prompt.exact.max(), _untied(prompt.graded)) for prompt in prompts])
+    drawn, oracle, untied = bootstrap(figures, low=0, high=1, resamples=resamples)
     beats = np.concatenate([prompt.scores[prompt.names.index(MARGIN)] > 0 for prompt in prompts])
     right = np.concatenate([prompt.exact for prompt in prompts]) == 1
     return Condition(
@@ -186,7 +187,14 @@ def _condition(setting: Setting, category: str, prompts: Sequence[_Prompt], resa
         oracle=oracle,
         right_known=Share(hits=int((beats & right).sum()), trials=int(right.sum())),
         wrong_known=Share(hits=int((~beats & ~right).sum()), trials=int((~right).sum())),
+        untied=untied,
     )
+
+
+def _untied(graded: Array) -> float:
+    """Kendall's τ-b of grades (M,) with themselves, their ties broken at random; NaN where all are equal."""
+    different = np.triu(graded[:, None] != graded[None], k=1).sum()
+    return math.sqrt(different / math.comb(len(graded), 2)) if different else math.nan
 
 
 def _qualities(setting: Setting, category: str, prompts: Sequence[_Prompt], resamples: int) -> list[Quality]:
@@ -313,8 +321,10 @@ def _best_first(qualities: Iterable[Quality]) -> list[Quality]:
 
 def _conditions_table(conditions: Sequence[Condition]) -> str:
     head = ["category", "prompts", "random", "oracle", "own right recognized", "own wrong recognized"]
+    head.append("highest τ without ties")
     rows = [
-        [c.category, str(c.prompts), str(c.drawn), str(c.oracle), _share(c.right_known), _share(c.wrong_known)]
+        [c.category, str(c.prompts), *map(_interval, (c.drawn, c.oracle)), *map(_share, (c.right_known, c.wrong_known))]
+        + [_interval(c.untied)]
         for c in conditions
     ]
     return _table(head, rows)
