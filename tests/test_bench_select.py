@@ -203,6 +203,9 @@ def test_knowledge_with_and_without_a_judge(tmp_path):
     assert ask(shapes_metric, 3).rendered == Share(hits=7, trials=9)  # read, not made again
     with pytest.raises(MituneError, match="images"):
         ask(shapes_metric, 3, images=1)
+    file.write_text("[{")
+    with pytest.raises(MituneError, match="knowledge.json is damaged"):
+        ask(shapes_metric, 3)
 
 
 def test_no_candidates_no_study():

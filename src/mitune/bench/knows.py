@@ -94,7 +94,7 @@ def knowledge(
     """The shares by category for each of the models, given with their guidance scales.
 
     `scenes` rendered scenes a category, 0 where prompts are not of the shapes world; `images` samples a prompt. What
-    `folder` holds already is not made again. Raises MituneError for a folder of other settings.
+    `folder` holds already is not made again. Raises MituneError for a folder of other settings or a damaged one.
     """
     rivals = {listed.text: [negative.prompt for negative in negatives(listed.text)] for listed in prompts}
     claim(folder, {"negatives": rivals, "scenes": scenes, "images": images, "seed": seed}, "study")
@@ -136,8 +136,10 @@ def knowledge(
 def _read(file: Path) -> list[Knowledge]:
     if not file.exists():
         return []
-    rows = json.loads(file.read_text(encoding="utf-8"), object_hook=_share_or_row)
-    return [Knowledge(**row) for row in rows]
+    try:
+        return [Knowledge(**row) for row in json.loads(file.read_text("utf-8"), object_hook=_share_or_row)]
+    except (TypeError, ValueError) as error:
+        raise MituneError(f"{file} is damaged; delete it and run the study again.") from error
 
 
 def _share_or_row(found: dict[str, Any]) -> Share | dict[str, Any]:
