@@ -137,12 +137,6 @@ def _pools(config: PoolConfig, adapters: Mapping[str, Path]) -> list[tuple[str, 
     ]
 
 
-def pool_of(run: Path, number: int, slug: str) -> Path:
-    """Where the candidates lie that a selection chose among in that round: in a pool of its own, or the one of all."""
-    own = run / f"round-{number}" / f"pool-{slug}"
-    return own if own.is_dir() else own.with_name("pool")
-
-
 def judge_run(config: Config, run: Path, *, stages: Stages = silent) -> Path:
     """Judges the base, the adapters of the run's last round and `config.eval.guidance_scales`; returns the table.
 

@@ -189,19 +189,18 @@ def prediction(found: Sequence[Knowledge], studies: Sequence[pa.Table]) -> str:
     candidates were made at counts, and the first selection. Promised is the share of all own samples that are wrong and
     recognized as such. Raises MituneError where no category is in both.
     """
-    gained: dict[tuple[str, str, float], Interval | None] = {}
-    selection = ""
+    gained: dict[tuple[str, str, float], Interval] = {}
+    selections = []
     for study in studies:
         for name in dict.fromkeys(study["model"].to_pylist()):
             rows = study.filter(pc.equal(study["model"], name))
             scale = rows["guidance_scale"][0].as_py()
             compared = summarize(rows.filter(pc.equal(rows["guidance_scale"], scale)))
-            selection = next(c.variant for c in compared if c.variant != "base")
-            gained |= {
-                (name, c.category, scale): c.difference
-                for c in compared
-                if c.variant == selection and c.metric == "exact" and c.split == POOLED
-            }
+            first = next(c.variant for c in compared if c.difference is not None)
+            selections.append(first)
+            for c in compared:
+                if (c.variant, c.split, c.metric) == (first, POOLED, "exact") and c.difference is not None:
+                    gained[name, c.category, scale] = c.difference
     lines, promises, gains = [], [], []
     for known in found:
         gain = gained.get((Path(known.model).name, known.category, known.guidance_scale))
@@ -213,7 +212,7 @@ def prediction(found: Sequence[Knowledge], studies: Sequence[pa.Table]) -> str:
     if not lines:
         raise MituneError("The study of fine-tuning shares no model, category and guidance scale; ask for its own.")
     tau = kendall_tau(np.array(promises), np.array(gains))
-    text = PREDICTION.format(selection=selection, rows=len(lines), tau=tau)
+    text = PREDICTION.format(selection="`, `".join(dict.fromkeys(selections)), rows=len(lines), tau=tau)
     return f"{text}| category | model | guidance | promised | gained |\n|---|---|--:|--:|---|\n{''.join(lines)}"
 
 

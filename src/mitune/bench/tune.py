@@ -36,9 +36,10 @@ from mitune.metrics.statistics import (
 )
 from mitune.models import load_model
 from mitune.prompts import load_prompts
+from mitune.report.files import pool_of
 from mitune.selection import ORACLE
 from mitune.store import write_table
-from mitune.tuning import Stages, Step, pool_of, silent, tune
+from mitune.tuning import Stages, Step, silent, tune
 
 BASE = "base"
 HEADER = """# What fine-tuning gains
@@ -132,15 +133,19 @@ class _Tuned:
         return self.selection if self.number == 1 else f"{self.selection}, {self.number} rounds"
 
     @property
+    def _round(self) -> Path:
+        return self.run / f"round-{self.number}"
+
+    @property
     def adapter(self) -> Path:
-        return self.run / f"round-{self.number}" / "adapters" / self.selection
+        return self._round / "adapters" / self.selection
 
     def candidates(self) -> pa.Table:
         """What the selection chose among, with its choice as the column `kept`, and what is `right` and well drawn."""
-        table = pq.read_table(pool_of(self.run, self.number, self.selection) / "candidates.parquet")
+        file, kept = pool_of(self._round, self.selection) / "candidates.parquet", f"kept.{self.selection}"
+        table = pq.read_table(file, columns=["prompt", "exact", "malformed", kept])
         right = numbers(table, "exact") * ~flags(table, "malformed")
-        columns = {"prompt": table["prompt"], "right": right, "kept": table[f"kept.{self.selection}"]}
-        return pa.table(columns)
+        return pa.table({"prompt": table["prompt"], "right": right, "kept": table[kept]})
 
 
 def _picked_right(adapters: Sequence[_Tuned]) -> dict[str, float]:

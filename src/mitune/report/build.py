@@ -33,7 +33,7 @@ from mitune.metrics.statistics import (
     summarize,
 )
 from mitune.report import plots
-from mitune.report.files import read_config, read_json, read_table, rounds, setting
+from mitune.report.files import pool_of, read_config, read_json, read_table, rounds, setting
 from mitune.report.pictures import before_after, extremes
 from mitune.selection import ORACLE, Rule, parse_rule
 from mitune.store import write_bytes
@@ -268,12 +268,16 @@ def _forest(comparisons: Sequence[Comparison], colors: Mapping[str, str]) -> Con
 def _round(folder: Path, config: Mapping[str, Any], rules: Sequence[Rule], colors: Mapping[str, str]) -> Context:
     """One round: its pools, and its trainings."""
     title = folder.name.replace("-", " ").capitalize()
-    own = [(rule, folder / f"pool-{rule.slug}") for rule in rules]  # from the second round on
-    pools = [_pool(path, f"{title}, {rule.slug}", config, [rule]) for rule, path in own if path.is_dir()]
+    pools: dict[Path, list[Rule]] = {}  # one for all rules, or from the second round on one each
+    for rule in rules:
+        pools.setdefault(pool_of(folder, rule.slug), []).append(rule)
     return {
         "folder": folder.name,
         "title": title,
-        "pools": pools or [_pool(folder / "pool", title, config, rules)],
+        "pools": [
+            _pool(path, title if path.name == "pool" else f"{title}, {own[0].slug}", config, own)
+            for path, own in (pools or {folder / "pool": []}).items()
+        ],
         "training": _training(folder, colors),
     }
 

@@ -78,3 +78,9 @@ def rounds(run: Path) -> list[Path]:
     """The folders round-1, round-2, … in their order."""
     numbered = [(re.fullmatch(r"round-(\d+)", path.name), path) for path in run.glob("round-*")]
     return [path for _, path in sorted((int(match[1]), path) for match, path in numbered if match and path.is_dir())]
+
+
+def pool_of(round_folder: Path, selection: str) -> Path:
+    """Where the candidates of a round lie that a selection chose among: a pool of its own, or the one of all."""
+    own = round_folder / f"pool-{selection}"
+    return own if own.is_dir() else round_folder / "pool"
