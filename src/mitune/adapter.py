@@ -29,7 +29,7 @@ from mitune.config import FinetuneConfig, ModelConfig
 from mitune.denoiser import denoiser_of
 from mitune.errors import MituneError, ModelError
 from mitune.models import EMBEDDED, load_model
-from mitune.store import room_on, write_bytes
+from mitune.store import write_bytes, writing
 
 WEIGHTS_FILE = "pytorch_lora_weights.safetensors"  # the name that pipe.load_lora_weights looks for
 CARD_FILE = "README.md"
@@ -100,7 +100,7 @@ def save_adapter(folder: Path, pipeline_class: type[Any], modules: Mapping[str, 
         arguments[f"{component}_lora_layers"] = _weights(component, module)
         arguments[f"{component}_lora_adapter_metadata"] = _header(module)
     folder.mkdir(parents=True, exist_ok=True)
-    with room_on(folder), tempfile.TemporaryDirectory(dir=folder, prefix=".") as unfinished:
+    with writing(folder), tempfile.TemporaryDirectory(dir=folder, prefix=".") as unfinished:
         writer = pipeline_class if hasattr(pipeline_class, "save_lora_weights") else SD3LoraLoaderMixin
         writer.save_lora_weights(unfinished, weight_name=WEIGHTS_FILE, **arguments)
         if writer is not pipeline_class:
@@ -180,7 +180,7 @@ def export_fused(model: ModelConfig, adapter: Path, output: Path) -> Path:
         pipe.fuse_lora(components=adapted, safe_fusing=True)
         pipe.unload_lora_weights()
     output.parent.mkdir(parents=True, exist_ok=True)
-    with room_on(output), tempfile.TemporaryDirectory(dir=output.parent, prefix=".") as unfinished:
+    with writing(output), tempfile.TemporaryDirectory(dir=output.parent, prefix=".") as unfinished:
         whole = Path(unfinished) / output.name
         pipe.save_pretrained(whole)
         whole.replace(output)

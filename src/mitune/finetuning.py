@@ -33,7 +33,7 @@ from mitune.loss import Draw, denoising_errors, draw, encode, shift_of
 from mitune.merging import channels_last, merged_layers
 from mitune.models import adapter_checksum, call_arguments, device_of
 from mitune.path import path_of
-from mitune.store import claim, room_on, write_bytes
+from mitune.store import claim, write_bytes, writing
 from mitune.training_set import TrainingSet
 
 log = logging.getLogger(__name__)
@@ -194,7 +194,7 @@ class _Trainer:
         # Rows of iterations after the checkpoint go, as these are made again.
         lines = history.read_bytes().splitlines(keepends=True) if history.exists() else []
         write_bytes(history, b"".join(lines[: state.iterations]))
-        with room_on(history), history.open("a", encoding="utf-8") as out:
+        with writing(history), history.open("a", encoding="utf-8") as out:
             while state.iterations < total:
                 began = time.monotonic()
                 loss, norm = self._iterate(state.iterations)

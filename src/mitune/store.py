@@ -8,10 +8,14 @@ import io
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,32 +28,60 @@ from mitune.errors import MituneError
 log = logging.getLogger(__name__)
 
 
+UNFINISHED = re.compile(r"\..+\.[0-9a-f]{8}\.unfinished")  # what is being written; of a killed process, until swept
+DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError)  # what reading a garbled file may raise
+T = TypeVar("T")
+
+
 @contextmanager
-def room_on(path: Path) -> Iterator[None]:
-    """Turns "no space left" into a sentence; what was written so far stays whole."""
+def writing(path: Path) -> Iterator[None]:
+    """Turns what the system has against writing to `path` into a sentence; what was written so far stays whole."""
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise MituneError(
+                f"No space left on the disk of {path}; free some and run the same command again, it goes on from here."
+            ) from error
         raise MituneError(
-            f"No space left on the disk of {path}; free some and run the same command again, it goes on from here."
+            f"Cannot write {error.filename or path} ({error.strerror or error}); make it writable, or choose another "
+            "folder, and run the same command again."
         ) from error
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Writes a file under another name first and renames it, so that no reader ever meets half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    with room_on(path):
+def unfinished(path: Path) -> Path:
+    """Another name beside `path`, to write under until all is there; `locks.sweep` knows it."""
+    return path.with_name(f".{path.name[:100]}.{secrets.token_hex(4)}.unfinished")
+
+
+@contextmanager
+def unfinished_folder(path: Path) -> Iterator[Path]:
+    """A new folder beside `path` to write in, gone afterwards unless it was renamed."""
+    folder = unfinished(path)
+    with writing(path):
+        folder.mkdir(parents=True)
         try:
-            with unfinished.open("wb") as file:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes a file under another name first and renames it, so that no reader ever meets half of it.
+
+    Raises MituneError if the disk is full or `path` cannot be written.
+    """
+    partial = unfinished(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with partial.open("wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            unfinished.replace(path)
+            partial.replace(path)
         finally:
-            unfinished.unlink(missing_ok=True)
+            partial.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: object) -> None:
@@ -105,18 +137,36 @@ class Records:
             if [_checksum(content) for content in contents] != sealed:
                 raise ValueError("checksum")
             return pq.read_table(pa.BufferReader(contents[0])), load(contents[1])
-        except (OSError, ValueError, KeyError, TypeError):
+        except DAMAGED:
+            log.warning("Record %05d in %s is damaged.", index, self.folder)
             for file in (seal, table_file, tensor_file):
-                if file.exists():
-                    file.replace(file.with_name(file.name + ".damaged"))
-            log.warning(
-                "Record %05d in %s is damaged; it is set aside as *.damaged and made again.", index, self.folder
-            )
+                set_aside(file)
             return None
 
 
 def _checksum(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
+
+
+def set_aside(path: Path) -> None:
+    """Renames a damaged file, or what stands in its place, to *.damaged, so that it can be made again."""
+    if not (path.exists() or path.is_symlink()):
+        return
+    with writing(path):
+        aside = next(p for i in count() if not (p := path.with_name(f"{path.name}.damaged{i or ''}")).exists())
+        path.replace(aside)
+    log.warning("%s is damaged; it is set aside as %s and made again.", path, aside.name)
+
+
+def read_again(path: Path, parse: Callable[[bytes], T]) -> T | None:
+    """What `parse` makes of a file that can be made again; None if there is none. A damaged one is set aside."""
+    if not path.exists():
+        return None
+    try:
+        return parse(path.read_bytes())
+    except DAMAGED:
+        set_aside(path)
+        return None
 
 
 def claim(folder: Path, settings: Mapping[str, Any], what: str) -> None:
@@ -131,15 +181,27 @@ def claim(folder: Path, settings: Mapping[str, Any], what: str) -> None:
         return
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise MituneError(f"{file} is damaged; delete {folder} or choose another folder for this {what}.") from error
-    if found == wanted:
-        return
-    name = next((key for key in {**found, **wanted} if found.get(key) != wanted.get(key)), "settings")
-    raise MituneError(
-        f"{folder} holds a {what} of other settings ({name}: {_short(found.get(name))} there, "
-        f"{_short(wanted.get(name))} now); choose another folder, or delete this one."
-    )
+        there, now = dict(_flat(found)), dict(_flat(wanted))
+    except DAMAGED as error:
+        raise MituneError(
+            f"{file} is damaged, so that nobody knows what made this {what}; choose another folder, or delete that "
+            "file if you are sure that its settings were the present ones."
+        ) from error
+    name = next((key for key in {**there, **now} if there.get(key) != now.get(key)), None)
+    if name is not None:
+        raise MituneError(
+            f"{folder} holds a {what} of other settings ({name}: {_short(there.get(name))} there, "
+            f"{_short(now.get(name))} now); choose another folder, or delete this one."
+        )
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested settings by their dotted names."""
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _short(value: object) -> str:
