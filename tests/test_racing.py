@@ -94,7 +94,7 @@ class TestSchedule:
 
     @pytest.mark.parametrize("rungs", [((0.5, 0.5), (0.25, 0.25)), ((0.5, 1.0),), ((1.0, 0.5),), ((0.5,),)])
     def test_impossible_rungs_are_refused(self, rungs):
-        with pytest.raises(MituneError, match=r"pool.race = .* e.g. \[\[0.25, 0.5\], \[0.5, 0.25\]\]"):
+        with pytest.raises(MituneError, match=r"pool\.race(\[0\])*(\[1\])? = .* must be a"):
             PoolConfig(race=rungs)
 
 

@@ -41,7 +41,7 @@ def test_rules_as_text():
     assert parse_rule("a@0.9", ["a"]).slug == "a-upper-0.9"
 
 
-@pytest.mark.parametrize("text", ["b", "a@2", "a>=", "../a", ""])
+@pytest.mark.parametrize("text", ["b", "a@2", "a>=", "a>=1.2.3", "a>=1e999", "../a", ""])
 def test_bad_rules(text):
     with pytest.raises(MituneError):
         parse_rule(text, ["a"])

@@ -32,9 +32,9 @@ def test_defaults_are_the_dataclass():
     ("assignment", "sentence"),
     [
         ("pool.candidate=3", "Unknown setting 'pool.candidate'"),
-        ("pool.candidates=three", "must be of type int"),
+        ("pool.candidates=three", "must be a whole number"),
         ("pool.keep=60", "pool.keep = 60 must lie between 1 and"),
-        ("model.guidance_scale=1", "must be above 1"),
+        ("model.guidance_scale=1", "must be a number, above 1"),
         ("finetune.adapter=full", "must be one of lora, dora"),
         ("pool.candidates", "key=value"),
         ("rounds=0", "at least 1"),

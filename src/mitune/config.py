@@ -4,11 +4,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from mitune.errors import MituneError
+from mitune.ranges import Range, settle
 
-Rungs = tuple[tuple[float, float], ...]
+# The upper ends are far above any use; beyond them lies a slip of the pen.
+Count = Annotated[int, Range(least=1, most=10_000_000)]
+BatchSize = Annotated[int, Range(least=1, most=65_536)]
+Seed = Annotated[int, Range(least=0, most=2**63 - 1)]  # as torch's generators take them
+Share = Annotated[float, Range(least=0, most=1)]
+ProperShare = Annotated[float, Range(above=0, below=1)]
+GuidanceScale = Annotated[
+    float,
+    Range(
+        above=1,
+        most=1000,
+        why="at 1 or below, pipelines skip the pass without the prompt, and mutual information needs both",
+    ),
+]
+Rungs = tuple[tuple[ProperShare, ProperShare], ...]
 GRADUAL: Rungs = ((0.2, 0.6), (0.35, 0.45), (0.5, 0.3), (0.65, 0.25))  # half the calls of no race; docs/racing.md
 
 
@@ -29,12 +44,12 @@ class ModelConfig:
     device: str = "auto"  # "auto" takes the GPU if there is one
     offload: Literal["none", "model", "sequential"] = "none"  # parts that wait stay on the CPU: slower, less memory
     compile: bool = False  # the denoiser, with torch.compile: minutes at first, then faster; pays on long runs
-    guidance_scale: float | None = None
-    steps: int | None = None
+    guidance_scale: GuidanceScale | None = None
+    steps: Annotated[int, Range(least=2, most=10_000)] | None = None
     call: dict[str, Any] = field(default_factory=dict)  # further arguments of the pipeline's call, e.g. height
 
     def __post_init__(self) -> None:
-        scale, steps = self.guidance_scale, self.steps
+        settle(self, "model")
         _require(bool(self.name), "model.name is empty; give a hub id, a folder, or an embedded model (shapes-sd).")
         _require(
             not self.name.endswith((".ckpt", ".pt", ".pth", ".bin")),
@@ -46,15 +61,9 @@ class ModelConfig:
             "alone, needs a base, the hub id or folder of the pipeline that it is part of.",
         )
         _require(
-            scale is None or scale > 1,
-            f"model.guidance_scale = {scale} must be above 1: at 1 or below, pipelines skip the pass without the "
-            "prompt, and mutual information needs both.",
-        )
-        _require(
             not (self.compile and self.offload == "sequential"),
             "model.compile needs the denoiser in one piece; set model.offload to model or none, or compile to false.",
         )
-        _require(steps is None or steps >= 2, f"model.steps = {steps} must be at least 2.")
 
     @property
     def is_single_file(self) -> bool:
@@ -66,27 +75,24 @@ class ModelConfig:
 class PoolConfig:
     """How many candidates a prompt gets, and which stay (Algorithm 1 of MI-TUNE)."""
 
-    candidates: int = 50  # M
-    keep: int = 1  # k
+    candidates: Annotated[int, Range(least=1, most=100_000)] = 50  # M
+    keep: Count = 1  # k
     select: tuple[str, ...] = ("contrast",)  # scores or controls; each makes a set of its own
-    batch_size: int | None = None  # candidates in one call of the denoiser; None: as many as fit
+    batch_size: BatchSize | None = None  # candidates in one call of the denoiser; None: as many as fit
     # Rungs of a race: after this share of the steps, this share of a prompt's candidates stays, by the scores of
     # `select`. None: GRADUAL where these all begin with self-confidence, else no race. Empty: never.
     race: Rungs | None = None
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
+        settle(self, "pool")
         _require(
             1 <= self.keep <= self.candidates,
             f"pool.keep = {self.keep} must lie between 1 and pool.candidates = {self.candidates}.",
         )
-        _require(
-            self.batch_size is None or self.batch_size >= 1, f"pool.batch_size = {self.batch_size} must be at least 1."
-        )
         rungs = self.race or ()
-        ends = [(0.0, 1.0), *rungs]
         _require(
-            all(len(rung) == 2 for rung in ends) and all(a < c < 1 and b > d > 0 for (a, b), (c, d) in pairwise(ends)),
+            all(a < c and b > d for (a, b), (c, d) in pairwise(rungs)),
             f"pool.race = {[list(rung) for rung in rungs]} must be a list of [share of the steps, share of the "
             "candidates that stays], the first rising and the second falling, e.g. [[0.25, 0.5], [0.5, 0.25]].",
         )
@@ -102,31 +108,29 @@ class FinetuneConfig:
     """The adapter and its training; the defaults are MI-TUNE's Table 8."""
 
     adapter: Literal["lora", "dora"] = "dora"
-    rank: int = 32
-    alpha: float = 32.0
+    rank: Count = 32
+    alpha: Annotated[float, Range(above=0, most=1e6)] = 32.0
     text_encoder: bool = False
-    learning_rate: float = 1e-4
-    warmup: int = 0  # iterations of linear warm-up, constant after
-    weight_decay: float = 1e-2
-    clip: float = 1.0
-    batch_size: int = 400
-    micro_batch_size: int | None = None  # None: the whole batch at once
-    iterations: int = 300
-    timesteps: tuple[float, float] = (0.5, 1.0)  # share of the noise schedule, 1 is pure noise: U(500, 1000)
-    ema: float | None = None
+    learning_rate: Annotated[float, Range(least=1e-10, most=1)] = 1e-4
+    warmup: Annotated[int, Range(least=0, most=10_000_000)] = 0  # iterations of linear warm-up, constant after
+    weight_decay: Share = 1e-2
+    clip: Annotated[float, Range(above=0, most=1e6)] = 1.0  # the gradient's largest norm
+    batch_size: BatchSize = 400
+    micro_batch_size: BatchSize | None = None  # None: the whole batch at once
+    iterations: Count = 300
+    timesteps: tuple[Share, Share] = (0.5, 1.0)  # share of the noise schedule, 1 is pure noise: U(500, 1000)
+    ema: ProperShare | None = None
     precision: Literal["no", "fp16", "bf16"] = "no"
-    checkpoint_every: int = 50
-    seed: int = 0
+    checkpoint_every: Count = 50
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
+        settle(self, "finetune")
         low, high = self.timesteps
-        _require(0 <= low < high <= 1, f"finetune.timesteps = {self.timesteps} must be a range within 0 and 1.")
-        _require(self.rank >= 1, f"finetune.rank = {self.rank} must be at least 1.")
-        _require(self.iterations >= 1, f"finetune.iterations = {self.iterations} must be at least 1.")
-        _require(self.ema is None or 0 < self.ema < 1, f"finetune.ema = {self.ema} must lie between 0 and 1.")
+        _require(low < high, f"finetune.timesteps = {list(self.timesteps)} must be a range, the lower end first.")
         micro = self.micro_batch_size
         _require(
-            micro is None or (micro >= 1 and self.batch_size % micro == 0),
+            micro is None or self.batch_size % micro == 0,
             f"finetune.micro_batch_size = {micro} must divide finetune.batch_size = {self.batch_size}.",
         )
 
@@ -135,13 +139,13 @@ class FinetuneConfig:
 class EvalConfig:
     """How base and tuned are compared: the same prompts and the same seeds."""
 
-    images: int = 4  # a prompt
-    batch_size: int = 50
-    seed: int = 1000
-    guidance_scales: tuple[float, ...] = ()  # a sweep of the base model, beside the run's own scale
+    images: Annotated[int, Range(least=1, most=100_000)] = 4  # a prompt
+    batch_size: BatchSize = 50
+    seed: Seed = 1000
+    guidance_scales: tuple[GuidanceScale, ...] = ()  # a sweep of the base model, beside the run's own scale
 
     def __post_init__(self) -> None:
-        _require(self.images >= 1, f"eval.images = {self.images} must be at least 1.")
+        settle(self, "eval")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,7 +158,7 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     prompts: str = "shapes:train"  # a text file, one prompt a line, or an embedded list
     eval_prompts: str | None = None  # None: no verdict
-    rounds: int = 1  # R
+    rounds: Annotated[int, Range(least=1, most=1000)] = 1  # R
 
     def __post_init__(self) -> None:
-        _require(self.rounds >= 1, f"rounds = {self.rounds} must be at least 1.")
+        settle(self, "")

@@ -40,13 +40,15 @@ class Rule:
 
 def parse_rule(text: str, scores: Sequence[str]) -> Rule:
     """The rule that `text` spells. Raises MituneError for an unknown score or a malformed number."""
-    match = re.fullmatch(r"([a-z0-9-]+?)(?:(>=|@)(-?[0-9.]+(?:e-?[0-9]+)?))?", text)
+    match = re.fullmatch(r"([a-z0-9-]+?)(?:(>=|@)(-?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e-?[0-9]+)?))?", text)
     known = [*scores, RANDOM, ORACLE]
     if match is None or match[1] not in known:
         raise MituneError(f"Unknown selection {text!r}; use one of {', '.join(known)}, with >=NUMBER or @QUANTILE.")
     by, operator, number = match.groups()
     if operator == "@" and not 0 <= float(number) < 1:
         raise MituneError(f"The quantile in {text!r} must lie in [0, 1).")
+    if operator == ">=" and not np.isfinite(float(number)):
+        raise MituneError(f"The threshold in {text!r} must be finite.")
     return Rule(by, float(number) if operator == ">=" else None, float(number) if operator == "@" else None)
 
 
