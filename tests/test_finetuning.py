@@ -282,7 +282,7 @@ def test_a_round_goes_on_from_the_last_ones_adapter(world, tmp_path):
     slow = config_of(adapter="dora", learning_rate=1e-5, iterations=1, seed=5)
     finetune(model, dataset, tmp_path / "second", slow, start_from=tmp_path / "first")
     # Adam's first step is the learning rate at most, and weight decay far less.
-    assert 0 < largest_difference(weights_of(tmp_path / "first"), weights_of(tmp_path / "second")) < 1.01e-5
+    assert 0 < largest_difference(weights_of(tmp_path / "first"), weights_of(tmp_path / "second")) < 1.1e-5
 
 
 def test_moving_average_is_what_is_saved(world, tmp_path):
