@@ -7,10 +7,10 @@ import timeit
 import torch
 
 from mitune.conditioning import unflatten
-from mitune.config import ModelConfig
+from mitune.config import EMBEDDED, ModelConfig
 from mitune.denoiser import denoiser_of
 from mitune.generate import condition
-from mitune.models import EMBEDDED, load_model
+from mitune.models import load_model
 
 BATCH, REPEATS = 64, 20
 

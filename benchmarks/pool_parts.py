@@ -19,8 +19,8 @@ import torch
 from PIL.Image import Image
 from timing import now, print_table
 
-from mitune.config import ModelConfig, PoolConfig
-from mitune.models import EMBEDDED, Model, load_model
+from mitune.config import EMBEDDED, ModelConfig, PoolConfig
+from mitune.models import Model, load_model
 from mitune.pool import build_pool
 from mitune.probe import MIProbe, denoiser_of
 from mitune.shapes.prompts import prompt_list

@@ -15,10 +15,10 @@ import torch
 from timing import cost_ratio, print_table
 from torch import Tensor
 
-from mitune.config import ModelConfig
+from mitune.config import EMBEDDED, ModelConfig
 from mitune.generate import quiet_pipelines
 from mitune.information import Trace
-from mitune.models import EMBEDDED, Model, load_model
+from mitune.models import Model, load_model
 from mitune.probe import MIProbe
 
 PROMPT = "a red circle and a blue square"

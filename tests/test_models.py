@@ -1,7 +1,5 @@
 """Opening models: folders, variants, precisions, single files and adapters; and the sizes of the published ones."""
 
-import json
-
 import pytest
 import torch
 from diffusers import (
@@ -57,21 +55,21 @@ class TestFolders:
         config = config_of(tmp_path, variant="fp16")
         assert torch.equal(weights(load_model(config).pipe), weights(tiny_sd(seed=1)))
         assert torch.equal(Components.of(config).denoiser().conv_in.weight, weights(tiny_sd(seed=1)))
-        with pytest.raises(ModelError, match="Cannot open the model"):
-            Components.of(config_of(tmp_path)).denoiser()
+        for open_it in (load_model, lambda config: Components.of(config).denoiser()):
+            with pytest.raises(ModelError, match="in the variant fp16 alone; set model.variant"):
+                open_it(config_of(tmp_path))
+            with pytest.raises(ModelError, match="(no weights|fp16 alone)"):
+                open_it(config_of(tmp_path, variant="ema"))
 
     def test_no_pickles(self, tmp_path):
         """Weights in the old format, which can run code, are not opened."""
         tiny_sd().save_pretrained(tmp_path, safe_serialization=False)
-        with pytest.raises(ModelError, match="Cannot open the model"):
+        with pytest.raises(ModelError, match="in an old format alone, which may run code when opened"):
             load_model(config_of(tmp_path))
 
-    def test_not_a_pipeline(self, tmp_path, folder):
+    def test_not_a_pipeline(self, folder):
         with pytest.raises(ModelError, match=r"folder without model_index.json.*name its parent folder"):
             load_model(config_of(folder / "unet"))
-        (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
-        with pytest.raises(ModelError, match="Cannot open the model"):
-            load_model(config_of(tmp_path))
 
     @pytest.mark.parametrize("offload", ["model", "sequential"])
     def test_offload_needs_a_gpu(self, folder, offload):
@@ -188,7 +186,7 @@ class TestSingleFiles:
         for settings in ({"name": "model.safetensors"}, {"name": str(folder), "base": str(folder)}):
             with pytest.raises(MituneError, match="a single .safetensors file, and it alone, needs a base"):
                 ModelConfig(**settings)
-        with pytest.raises(ModelError, match=r"Cannot open the model.*a .safetensors file with model.base"):
+        with pytest.raises(ModelError, match=r"Cannot read .*none.safetensors as a .safetensors file"):
             load_model(config_of(folder / "none.safetensors", base=str(folder)))
 
     def test_families_without(self, tmp_path):

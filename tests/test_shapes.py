@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from diffusers import DiffusionPipeline
 
-from mitune.config import ModelConfig
+from mitune.config import EMBEDDED, ModelConfig
 from mitune.generate import decode
-from mitune.models import EMBEDDED, load_model, model_folder
+from mitune.models import load_model, model_folder
 from mitune.scoring import encode_images
 from mitune.shapes.check import check_category
 from mitune.shapes.grammar import CATEGORIES, Phrase, Prompt, PromptError, forms, parse, sample_prompt

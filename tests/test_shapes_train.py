@@ -7,7 +7,8 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 from safetensors.torch import load_file
 
-from mitune.models import EMBEDDED, model_folder
+from mitune.config import EMBEDDED
+from mitune.models import model_folder
 from mitune.shapes.autoencoder import encode_world, training_prompts
 from mitune.shapes.grammar import forms
 from mitune.shapes.phases import DenoiserConfig

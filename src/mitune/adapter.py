@@ -25,10 +25,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mitune.config import FinetuneConfig, ModelConfig
+from mitune.config import EMBEDDED, FinetuneConfig, ModelConfig
 from mitune.denoiser import denoiser_of
 from mitune.errors import MituneError, ModelError
-from mitune.models import EMBEDDED, load_model
+from mitune.models import load_model
 from mitune.store import write_bytes, writing
 
 WEIGHTS_FILE = "pytorch_lora_weights.safetensors"  # the name that pipe.load_lora_weights looks for

@@ -9,12 +9,14 @@ from typing import Any, Self
 
 import diffusers
 import torch
-from diffusers import AutoModel, DiffusionPipeline
+from diffusers import AutoModel
 from torch import nn
 
 from mitune.config import ModelConfig
-from mitune.errors import ModelError
-from mitune.models import model_folder, open_pipeline, open_single_denoiser, opening, parts_of
+from mitune.hub import Source, source_of
+from mitune.layout import check_files, read_index
+from mitune.loading import opening
+from mitune.models import open_pipeline, open_single_denoiser, place_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,24 +24,14 @@ class Components:
     """The list of parts of a diffusers folder, model_index.json. A part is read when it is asked for."""
 
     config: ModelConfig
+    source: Source
     index: Mapping[str, Any]
 
     @classmethod
     def of(cls, config: ModelConfig) -> Self:
-        """Reads the list alone.
-
-        Raises ModelError if there is no such model, or if its kind takes no prompt or has no denoiser.
-        """
-        with opening(config):
-            index = DiffusionPipeline.load_config(parts_of(config), revision=config.revision)
-        name = index["_class_name"]
-        accepted = inspect.signature(getattr(diffusers, name).__call__).parameters if hasattr(diffusers, name) else {}
-        if "prompt" not in accepted or not {"unet", "transformer"} & set(index):
-            raise ModelError(
-                f"{config.name} is a {name}, which takes no prompt or has neither a unet nor a transformer; fine-tune "
-                "a model of another kind, such as StableDiffusionPipeline or StableDiffusion3Pipeline."
-            )
-        return cls(config, index)
+        """Reads the list alone. Raises ModelError if there is no such model, or if mitune has no use for its kind."""
+        source = source_of(place_of(config), config.revision)
+        return cls(config, source, read_index(source))
 
     @property
     def pipeline_class(self) -> type[Any]:
@@ -63,18 +55,19 @@ class Components:
 
     def denoiser(self) -> nn.Module:
         """The denoiser, on the CPU, in the dtype of the settings."""
-        config, name = self.config, self.denoiser_name
-        with opening(config):
-            if config.is_single_file:
-                found = open_single_denoiser(config, self.index, name)
-            else:
+        config, source, name = self.config, self.source, self.denoiser_name
+        if config.is_single_file:
+            found = open_single_denoiser(config, source, self.index, name)
+        else:
+            check_files(source, self.index, config.variant, set(self.index) - {name})
+            with opening(config):
                 found = AutoModel.from_pretrained(
-                    model_folder(config.name),
+                    source.place,
                     subfolder=name,
-                    revision=config.revision,
                     variant=config.variant,
                     dtype=getattr(torch, config.dtype),
                     use_safetensors=True,
+                    **source.arguments,
                 )
         module: nn.Module = found
         return module
@@ -84,15 +77,14 @@ class Components:
         _, name = self.index["scheduler"]
         with opening(self.config):
             return getattr(diffusers, name).from_pretrained(
-                parts_of(self.config), subfolder="scheduler", revision=self.config.revision
+                self.source.place, subfolder="scheduler", **self.source.arguments
             )
 
     def text_pipeline(self) -> Any:
         """The pipeline with its tokenizers and text encoders only, on the CPU: enough for `encode_prompt`."""
         kept = ("text_encoder", "tokenizer", "scheduler")
         without = [name for name, part in self.index.items() if isinstance(part, list) and not name.startswith(kept)]
-        with opening(self.config):
-            return open_pipeline(self.config, self.index, without)
+        return open_pipeline(self.config, self.source, self.index, without)
 
 
 def _is_present(part: Any) -> bool:

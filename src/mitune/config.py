@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Annotated, Any, Literal
@@ -25,6 +26,12 @@ GuidanceScale = Annotated[
 ]
 Rungs = tuple[tuple[ProperShare, ProperShare], ...]
 GRADUAL: Rungs = ((0.2, 0.6), (0.35, 0.45), (0.5, 0.3), (0.65, 0.25))  # half the calls of no race; docs/racing.md
+
+# What each embedded model is called with; other models keep their pipeline's own defaults.
+EMBEDDED: Mapping[str, Mapping[str, Any]] = {
+    "shapes-sd": {"guidance_scale": 2.0, "num_inference_steps": 12},
+    "shapes-sd3": {"guidance_scale": 2.0, "num_inference_steps": 12, "max_sequence_length": 1},
+}
 
 
 def _require(condition: bool, sentence: str) -> None:

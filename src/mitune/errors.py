@@ -1,5 +1,10 @@
 """Errors that the user can act on: one sentence that says what is wrong, where, and what to do."""
 
+from __future__ import annotations
+
+import traceback
+from collections.abc import Collection
+
 
 class MituneError(ValueError):
     """Bad input or settings. The command line prints the sentence and exits with status 2."""
@@ -11,3 +16,15 @@ class GuidanceError(MituneError):
 
 class ModelError(MituneError):
     """The model does not exist, is no diffusers pipeline, or is of a kind that mitune cannot score."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's text, or its type's name where it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def raised_in(error: BaseException, packages: Collection[str]) -> str | None:
+    """Of these packages the one whose code was running last when an exception was raised."""
+    frames = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))
+    names = [str(name).partition(".")[0] for name in frames]
+    return next((name for name in reversed(names) if name in packages), None)

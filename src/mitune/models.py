@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -14,20 +13,17 @@ from typing import Any
 
 import diffusers
 import torch
-import transformers
 from diffusers import DiffusionPipeline
 from diffusers.loaders.single_file_utils import SingleFileComponentError
 from peft import PeftModel
+from safetensors import SafetensorError, safe_open
 
-from mitune.config import ModelConfig
+from mitune.config import EMBEDDED, ModelConfig
 from mitune.denoiser import compile_denoiser, denoiser_of
-from mitune.errors import ModelError
-
-# What each embedded model is called with; other models keep their pipeline's own defaults.
-EMBEDDED: Mapping[str, Mapping[str, Any]] = {
-    "shapes-sd": {"guidance_scale": 2.0, "num_inference_steps": 12},
-    "shapes-sd3": {"guidance_scale": 2.0, "num_inference_steps": 12, "max_sequence_length": 1},
-}
+from mitune.errors import ModelError, first_line
+from mitune.hub import Source, source_of
+from mitune.layout import check_files, read_index
+from mitune.loading import check_complete, opening
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +51,11 @@ class Model:
 def model_folder(name: str) -> str:
     """Where a model's files are: the packaged folder of an embedded name, else the name itself (hub id or folder)."""
     return str(files("mitune") / "shapes" / "models" / name) if name in EMBEDDED else name
+
+
+def place_of(config: ModelConfig) -> str:
+    """The folder or hub id that lists the parts of the pipeline, and holds their configurations."""
+    return config.base or model_folder(config.name)
 
 
 def guidance_name(pipeline_class: type[Any]) -> str:
@@ -90,103 +91,100 @@ def prompted(pipe: Any, prompts: Sequence[str], call: Mapping[str, Any]) -> dict
 
 
 def device_of(config: ModelConfig) -> torch.device:
-    """The device that the settings name, or the GPU if there is one."""
-    if config.device != "auto":
-        return torch.device(config.device)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def parts_of(config: ModelConfig) -> str:
-    """The hub id or folder that lists the parts of the pipeline, and holds their configurations."""
-    return config.base or model_folder(config.name)
+    """The device that the settings name, or the GPU if there is one. Raises ModelError if torch sees no such device."""
+    kind = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if config.device == "auto":
+        return torch.device("cuda" if kind is not None and kind.type == "cuda" else "cpu")
+    here = ["cpu"]
+    if kind is not None:
+        here += [kind.type, *(f"{kind.type}:{index}" for index in range(torch.accelerator.device_count()))]
+    if config.device not in here:
+        raise ModelError(
+            f"model.device = {config.device} is no device that torch sees here ({', '.join(here)}); set it to one of "
+            "these, or to auto."
+        )
+    return torch.device(config.device)
 
 
 def load_model(config: ModelConfig, *, adapter: Path | None = None) -> Model:
     """Opens the pipeline, and loads an adapter folder onto it where one is given.
 
-    Raises ModelError, with the remedy, if there is no such model, or if the folder is no diffusers pipeline.
+    Raises ModelError, with the remedy, if there is no such model or device, or if the model is not all there.
     """
-    parts = parts_of(config)
-    if Path(parts).is_dir() and not (Path(parts) / "model_index.json").is_file():
-        raise ModelError(
-            f"{parts} is a folder without model_index.json, so no diffusers pipeline; save one there with "
-            "pipe.save_pretrained(folder), or name its parent folder."
-        )
-    with opening(config):
-        index = DiffusionPipeline.load_config(parts, revision=config.revision)
-        pipe = open_pipeline(config, index)
+    device = device_of(config)
+    if config.offload != "none" and device.type == "cpu":
+        raise ModelError(f"model.offload = {config.offload} needs a GPU; set it to none, or model.device to a GPU.")
+    source = source_of(place_of(config), config.revision)
+    pipe = open_pipeline(config, source, read_index(source))
     if adapter is not None:
         load_adapter(pipe, adapter)
     if config.compile:
-        compile_denoiser(denoiser_of(pipe), device_of(config))
+        compile_denoiser(denoiser_of(pipe), device)
     pipe.set_progress_bar_config(disable=True)
-    _place(pipe, config)
+    if config.offload == "none":
+        pipe.to(device)
+    elif config.offload == "model":
+        pipe.enable_model_cpu_offload(device=device)
+    else:
+        pipe.enable_sequential_cpu_offload(device=device)
     return Model(pipe, call_arguments(config, type(pipe)), config.name)
 
 
-def open_pipeline(config: ModelConfig, index: Mapping[str, Any], without: Sequence[str] = ()) -> Any:
+def open_pipeline(config: ModelConfig, source: Source, index: Mapping[str, Any], without: Sequence[str] = ()) -> Any:
     """The pipeline on the CPU, without the parts that its list says it lacks (SD3 without T5), and those named here."""
     dtype = getattr(torch, config.dtype)
     absent = {name: None for name, part in index.items() if part == [None, None]} | dict.fromkeys(without)
+    options = {**source.arguments, "variant": config.variant, "dtype": dtype, "use_safetensors": True}
     if not config.is_single_file:
-        return DiffusionPipeline.from_pretrained(
-            model_folder(config.name),
-            revision=config.revision,
-            variant=config.variant,
-            dtype=dtype,
-            use_safetensors=True,
-            **absent,
-        )
+        check_files(source, index, config.variant, without)
+        with opening(config):
+            return DiffusionPipeline.from_pretrained(source.place, **options, **absent)
+    kind = getattr(diffusers, index["_class_name"])
+    with opening(config):
+        try:
+            if hasattr(kind, "from_single_file"):
+                _check_single_file(config)
+                pipe = kind.from_single_file(
+                    config.name, config=source.place, torch_dtype=dtype, **source.arguments, **absent
+                )
+                check_complete(pipe)
+                return pipe
+        except SingleFileComponentError:  # not all parts are in the file: the base has the others
+            pass
+        name = "unet" if "unet" in index else "transformer"
+        given = absent if name in absent else {name: open_single_denoiser(config, source, index, name), **absent}
+        check_files(source, index, config.variant, given)
+        return DiffusionPipeline.from_pretrained(source.place, **options, **given)
+
+
+def _check_single_file(config: ModelConfig) -> None:
+    if "://" in config.name:
+        return  # of the hub, which diffusers downloads
     try:
-        kind = getattr(diffusers, index["_class_name"])
-        if hasattr(kind, "from_single_file"):
-            return kind.from_single_file(config.name, config=config.base, torch_dtype=dtype, **absent)
-    except SingleFileComponentError:  # not all parts are in the file: the base has the others
-        pass
-    name = "unet" if "unet" in index else "transformer"
-    given = absent if name in absent else {name: open_single_denoiser(config, index, name), **absent}
-    return DiffusionPipeline.from_pretrained(
-        config.base, revision=config.revision, variant=config.variant, dtype=dtype, use_safetensors=True, **given
-    )
+        with safe_open(config.name, framework="pt") as opened:
+            count = len(list(opened.keys()))
+    except (OSError, SafetensorError) as error:
+        raise ModelError(
+            f"Cannot read {config.name} as a .safetensors file ({first_line(error)}); give the path of a whole one."
+        ) from error
+    if not count:
+        raise ModelError(f"{config.name} holds no weights; download it again.")
 
 
-def open_single_denoiser(config: ModelConfig, index: Mapping[str, Any], name: str) -> Any:
+def open_single_denoiser(config: ModelConfig, source: Source, index: Mapping[str, Any], name: str) -> Any:
     """The denoiser from a single file, on the CPU. Raises ModelError if diffusers cannot open its kind that way."""
     kind = getattr(diffusers, index[name][1])
     if not hasattr(kind, "from_single_file"):
         raise ModelError(f"diffusers opens no single files of a {kind.__name__}; give a hub id or a folder.")
-    return kind.from_single_file(
-        config.name, config=config.base, subfolder=name, torch_dtype=getattr(torch, config.dtype)
-    )
-
-
-def _place(pipe: Any, config: ModelConfig) -> None:
-    """Onto the device, wholly or part by part as they are needed."""
-    device = device_of(config)
-    if config.offload == "none":
-        pipe.to(device)
-        return
-    if device.type == "cpu":
-        raise ModelError(f"model.offload = {config.offload} needs a GPU; set it to none, or model.device to a GPU.")
-    if config.offload == "model":
-        pipe.enable_model_cpu_offload(device=device)
-    else:
-        pipe.enable_sequential_cpu_offload(device=device)
-
-
-@contextmanager
-def opening(config: ModelConfig) -> Iterator[None]:
-    """Turns what diffusers and the hub raise for a model that cannot be read into one ModelError."""
-    diffusers.utils.logging.disable_progress_bar()  # loading is quick, and mitune shows bars of its own
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ModelError(
-            f"Cannot open the model {config.name!r} ({reason}); give a hub id, a folder made by pipe.save_pretrained, "
-            f"a .safetensors file with model.base, or an embedded model ({', '.join(EMBEDDED)})."
-        ) from error
+    _check_single_file(config)
+    with opening(config):
+        return kind.from_single_file(
+            config.name,
+            config=source.place,
+            subfolder=name,
+            torch_dtype=getattr(torch, config.dtype),
+            **source.arguments,
+        )
 
 
 def load_adapter(pipe: DiffusionPipeline, adapter: Path) -> None:

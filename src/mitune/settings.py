@@ -11,7 +11,6 @@ import yaml
 
 from mitune.config import Config
 from mitune.errors import MituneError
-from mitune.store import write_bytes
 
 Nested = dict[str, Any]
 
@@ -121,6 +120,8 @@ def read_yaml(file: Path) -> Nested:
 
 def write_config(config: Config, file: Path) -> None:
     """Every setting, defaults included, as YAML that `resolve(file=...)` reads back."""
+    from mitune.store import write_bytes  # with torch, which takes seconds that `mitune --help` need not take
+
     text = yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True)
     write_bytes(file, text.encode())
 

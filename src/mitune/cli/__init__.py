@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
+from typing import Annotated
 
 import typer
-from rich.markup import escape
+from typer import Option
 
 from mitune.cli import bench, method, shapes
-from mitune.cli.options import console
-from mitune.errors import MituneError
+from mitune.cli.boundary import Commands
 
 app = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
@@ -25,15 +27,18 @@ app.add_typer(shapes.app, name="shapes")
 app.add_typer(bench.app, name="bench")
 
 
+@app.callback()
+def options(
+    debug: Annotated[bool, Option("--debug", help="Show where an error was raised; anywhere in the line.")] = False,
+) -> None:
+    """Read by `mitune.cli.boundary` when a command fails."""
+
+
 def main() -> None:
     """Runs the command line; errors that the user can act on are one sentence and status 2."""
     for library in ("DIFFUSERS", "TRANSFORMERS"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")  # their hints speak to programmers
-    try:
-        app(standalone_mode=True)
-    except MituneError as error:
-        console.print(f"[bold red]Error:[/] {escape(str(error))}", highlight=False)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        console.print("Stopped; the same command goes on from here.")
-        sys.exit(130)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that has no "±" gets another sign, no traceback
+    app(prog_name="mitune")

@@ -9,10 +9,13 @@ from typing import Annotated
 import typer
 from typer import Option
 
+from mitune.cli.boundary import Commands
 from mitune.cli.options import Assignments, Device, Guidance, RunFolder, Selection, say, settings_of, stage
 from mitune.errors import MituneError
 
-app = typer.Typer(no_args_is_help=True, help="Benchmarks: is the number right, and which score picks well?")
+app = typer.Typer(
+    cls=Commands, no_args_is_help=True, help="Benchmarks: is the number right, and which score picks well?"
+)
 
 
 @app.command(name="mi")

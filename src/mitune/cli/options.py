@@ -18,6 +18,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 from typer import Option
 
 from mitune.config import Config
@@ -70,7 +71,7 @@ def settings_of(
 
 def say(what: str, path: Path) -> None:
     """Says where something was written."""
-    console.print(f"{what}: [bold]{escape(str(path))}[/]")
+    console.print(Text.assemble(f"{what}: ", (str(path), "bold")), soft_wrap=True)  # paths are for copying
 
 
 @contextmanager
@@ -81,5 +82,5 @@ def stage(title: str) -> Iterator[Any]:
         TextColumn("left"), TimeRemainingColumn(),
     )  # fmt: skip
     with Progress(*columns, console=console) as bars:
-        bar = bars.add_task(title, total=None)
+        bar = bars.add_task(escape(title), total=None)
         yield lambda done, total: bars.update(bar, completed=done, total=total)

@@ -8,10 +8,11 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
+from mitune.cli.boundary import Commands
 from mitune.cli.options import Guidance, settings_of, stage
 from mitune.errors import MituneError
 
-app = typer.Typer(no_args_is_help=True, help="The embedded shapes world: its models, prompts and judge.")
+app = typer.Typer(cls=Commands, no_args_is_help=True, help="The embedded shapes world: its models, prompts and judge.")
 
 
 @app.command(name="prompts")
@@ -98,7 +99,7 @@ def shapes_train(
     """
     import logging
 
-    from mitune.models import EMBEDDED
+    from mitune.config import EMBEDDED
     from mitune.shapes.train import train_all
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")

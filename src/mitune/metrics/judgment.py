@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from mitune.models import EMBEDDED
+from mitune.config import EMBEDDED
 from mitune.shapes.grammar import parse
 from mitune.shapes.judge import judge
 
