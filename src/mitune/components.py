@@ -16,7 +16,7 @@ from mitune.config import ModelConfig
 from mitune.hub import Source, source_of
 from mitune.layout import check_files, read_index
 from mitune.loading import opening
-from mitune.models import open_pipeline, open_single_denoiser, place_of
+from mitune.models import open_pipeline, open_single_denoiser, parts_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class Components:
     @classmethod
     def of(cls, config: ModelConfig) -> Self:
         """Reads the list alone. Raises ModelError if there is no such model, or if mitune has no use for its kind."""
-        source = source_of(place_of(config), config.revision)
+        source = source_of(parts_of(config), config.revision)
         return cls(config, source, read_index(source))
 
     @property

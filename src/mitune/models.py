@@ -53,7 +53,7 @@ def model_folder(name: str) -> str:
     return str(files("mitune") / "shapes" / "models" / name) if name in EMBEDDED else name
 
 
-def place_of(config: ModelConfig) -> str:
+def parts_of(config: ModelConfig) -> str:
     """The folder or hub id that lists the parts of the pipeline, and holds their configurations."""
     return config.base or model_folder(config.name)
 
@@ -114,7 +114,7 @@ def load_model(config: ModelConfig, *, adapter: Path | None = None) -> Model:
     device = device_of(config)
     if config.offload != "none" and device.type == "cpu":
         raise ModelError(f"model.offload = {config.offload} needs a GPU; set it to none, or model.device to a GPU.")
-    source = source_of(place_of(config), config.revision)
+    source = source_of(parts_of(config), config.revision)
     pipe = open_pipeline(config, source, read_index(source))
     if adapter is not None:
         load_adapter(pipe, adapter)
