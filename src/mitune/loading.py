@@ -18,6 +18,8 @@ from transformers import PreTrainedModel
 
 from mitune.config import EMBEDDED, ModelConfig
 from mitune.errors import MituneError, ModelError, first_line
+from mitune.quiet import quiet_libraries
+from mitune.versions import check_versions
 
 log = logging.getLogger(__name__)
 SHOWN = 3  # names of weights in a sentence
@@ -30,6 +32,8 @@ def opening(config: ModelConfig) -> Iterator[None]:
 
     Also raises ModelError where a checkpoint lacks weights, which both libraries else fill with random ones.
     """
+    check_versions()
+    quiet_libraries()
     diffusers.utils.logging.disable_progress_bar()  # loading is quick, and mitune shows bars of its own
     transformers.utils.logging.disable_progress_bar()
     try:

@@ -12,6 +12,7 @@ from typer import Option
 
 from mitune.cli import bench, method, shapes
 from mitune.cli.boundary import Commands
+from mitune.versions import check_versions
 
 app = typer.Typer(
     cls=Commands,
@@ -29,9 +30,10 @@ app.add_typer(bench.app, name="bench")
 
 @app.callback()
 def options(
-    debug: Annotated[bool, Option("--debug", help="Show where an error was raised; anywhere in the line.")] = False,
+    debug: Annotated[bool, Option("--debug", help="Show where an error was raised; anywhere in the line.")] = False,  # noqa: ARG001
 ) -> None:
-    """Read by `mitune.cli.boundary` when a command fails."""
+    """Before any command. `debug` is read by `mitune.cli.boundary` when one fails."""
+    check_versions()
 
 
 def main() -> None:
