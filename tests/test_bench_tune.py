@@ -67,7 +67,7 @@ def test_command_runs_and_goes_on(tmp_path):
         "base", "self-confidence", "random", "self-confidence, 2 rounds", "random, 2 rounds"
     }  # fmt: skip
     run = tmp_path / "run" / "shapes-sd-0"
-    made = {json.loads(f.read_text())["made_with"] for f in run.glob("round-2/pool-*/settings.json")}
+    made = {json.loads(f.read_text())["model"]["adapter"] for f in run.glob("round-2/pool-*/settings.json")}
     assert made == {adapter_checksum(run / "round-1" / "adapters" / slug) for slug in ("self-confidence", "random")}
     assert "Round 2, random: candidates" in (run / "report.html").read_text(encoding="utf-8")
     pool = pq.read_table(run / "round-1" / "pool" / "candidates.parquet").to_pylist()

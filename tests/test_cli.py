@@ -87,7 +87,8 @@ def test_a_whole_small_run(tmp_path, model):
     mitune(*arguments, cwd=tmp_path)
     after = {f: f.read_bytes() for f in run.rglob("*") if f.is_file() and f.name != "cost.json"}
     assert {f for f in before if before[f] != after[f]} <= {run / "report.html"}
-    assert "is a run of other settings" in mitune(*arguments, "-M", 5, cwd=tmp_path, status=2)
+    shown = mitune(*arguments, "-M", 5, cwd=tmp_path, status=2)
+    assert "holds a run of other settings (pool.candidates: 4 there, 5 now)" in shown
     mitune("eval", "run", "--guidance", 1.5, cwd=tmp_path)
     judged = pq.read_table(run / "eval" / "images.parquet").to_pydict()
     assert sorted(set(judged["variant"])) == ["base", "base, guidance 1.5", "contrast"]

@@ -394,7 +394,7 @@ def test_refusals(tmp_path, run):
         build_report(tmp_path)
     (tmp_path / "config.yaml").write_text("rounds: 1", "utf-8")
     (tmp_path / "cost.json").write_text("[{", "utf-8")
-    with pytest.raises(MituneError, match="cost.json is no JSON"):
+    with pytest.raises(MituneError, match="cost.json is damaged"):
         build_report(tmp_path)
     (tmp_path / "cost.json").unlink()
     (tmp_path / "eval").mkdir()

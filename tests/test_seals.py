@@ -10,7 +10,7 @@ def folder(tmp_path):
     (tmp_path / "sub").mkdir()
     for name in ("a.txt", "sub/b.txt", "c.txt"):
         (tmp_path / name).write_text(name)
-    write_seal(tmp_path, made="something")
+    write_seal(tmp_path, ["a.txt", "sub/b.txt", "c.txt"], made="something")
     return tmp_path
 
 

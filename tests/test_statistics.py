@@ -229,6 +229,18 @@ def test_selection_leaves_out_candidates_without_score_or_verdict():
     assert selection(pa.Table.from_pylist(unjudged)) == []
 
 
+def test_a_random_choice_is_among_all_candidates():
+    """A second stage scores the better half alone: its choice is right more often, a random one is not."""
+    rows = candidate_rows(prompts=5, candidates=8)  # candidates 0 and 4 are right
+    for row, candidate in zip(rows, [*range(8)] * 5, strict=True):
+        row["score.truth"] = -float(candidate) if candidate < 3 else math.nan
+        row["score.wrong"] = float(candidate) if 0 < candidate < 4 else math.nan
+    first, second, every = selection(pa.Table.from_pylist(rows), keep=2, resamples=50)
+    assert [s.drawn.value for s in (first, second, every)] == [0.25] * 3
+    assert [s.oracle.value for s in (first, second, every)] == [1] * 3  # also where no right one has a score
+    assert (first.kept.value, second.kept.value) == (0.5, 0)
+
+
 def comparison(category, variant, value, difference=None, images=40):
     return Comparison(variant, category, "all", "exact", 10, images, 1, value, difference)
 

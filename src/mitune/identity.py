@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import try_to_load_from_cache
+from torch import nn
 
 from mitune.config import EvalConfig, FinetuneConfig, ModelConfig, PoolConfig
 from mitune.errors import ModelError
-from mitune.models import adapter_checksum, call_arguments, parts_of
+from mitune.models import Model, adapter_checksum, call_arguments, parts_of
 
 # Settings that change no result beyond rounding, or only add to it. All others do.
 INDIFFERENT: Mapping[type[Any], frozenset[str]] = {
@@ -75,6 +77,22 @@ def model_parts(config: ModelConfig) -> dict[str, str]:
     if config.is_single_file:
         parts["unet" if "unet" in parts else "transformer"] = digest(Path(config.name))
     return parts
+
+
+def loaded_identity(model: Model) -> dict[str, Any]:
+    """The same of a pipeline that was opened elsewhere, from the weights and settings that it holds."""
+    parts = {}
+    for name, part in model.pipe.components.items():
+        config = getattr(part, "config", {})  # diffusers' is a mapping, transformers' becomes one
+        settings = config if isinstance(config, Mapping) else config.to_dict()
+        settings = {key: value for key, value in settings.items() if not key.startswith("_")}  # where it was read from
+        known = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+        for key, tensor in part.state_dict().items() if isinstance(part, nn.Module) else ():
+            known.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            if not tensor.is_meta:  # as parts are that wait on the CPU
+                known.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        parts[name] = known.hexdigest()
+    return {"parts": parts, "call": model.call}
 
 
 def _index(config: ModelConfig) -> dict[str, Any]:

@@ -217,3 +217,12 @@ def adapter_checksum(adapter: Path | None) -> str:
         return ""
     weights = sorted(adapter.glob("*.safetensors"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in weights)).hexdigest()
+
+
+def nothing_but_nan(model: Model, prompts: int) -> ModelError:
+    """What to say of a model whose images for so many prompts are all NaN."""
+    dtype = str(next(denoiser_of(model.pipe).parameters()).dtype).removeprefix("torch.")
+    remedy = "its files or its settings are at fault; see what its pipeline makes without mitune."
+    if dtype != "float32":
+        remedy = "its numbers overflow; set model.dtype to float32 (or bfloat16), with another folder."
+    return ModelError(f"All images of {prompts} prompts came out as NaN, with {model.name} in {dtype}: {remedy}")

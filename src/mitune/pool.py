@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from itertools import islice
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,23 +19,25 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from mitune.conditioning import stack
+from mitune.assembly import SHOWN_PROMPTS, TABLE, Assembly
 from mitune.config import PoolConfig
 from mitune.contrast import FIRST_STAGES, POST_HOC, post_hoc, rivals_of
 from mitune.denoiser import denoiser_of, rows_counted
 from mitune.errors import MituneError
 from mitune.generate import Batch, Request, candidate_seed, decode, default_batch_size, generate_all
+from mitune.identity import loaded_identity, settings_that_matter
 from mitune.information import SCORES, Trace
+from mitune.locks import one_of_many, waiting
 from mitune.metrics.judgment import Metric
-from mitune.models import Model
-from mitune.racing import race_of
+from mitune.models import Model, nothing_but_nan
+from mitune.racing import Race, race_of
 from mitune.selection import ORACLE, Rule, apply, parse_rule, select
-from mitune.store import Records, claim, write_bytes, write_image, write_json, write_table, write_tensors
+from mitune.store import Records, claim, read_again, write_json
 
 log = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
-EXTREMES = 4  # best and worst candidates whose pictures are kept for the report,
-SHOWN_PROMPTS = 12  # for the first so many prompts
+EXTREMES = 4  # best and worst candidates whose pictures are kept for the report
+PATIENCE = 3  # prompts without a single image that is a number, after which the model is at fault
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,68 +62,49 @@ def build_pool(
     *,
     metric: Metric | None = None,
     shard: tuple[int, int] = (0, 1),
-    identity: str = "",
+    identity: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> PoolResult:
     """Fills `folder` with the pool of `prompts`, and `sets` beside it with a fine-tuning set for each selection.
 
     `shard` = (i, n) makes every n-th prompt alone, from the i-th on, so that n processes can share a folder; whoever
-    finds all records present writes the sets. `identity` names what else made the images, e.g. an adapter's checksum.
-    Raises MituneError for an unknown selection, one that a race would starve, an oracle without a metric, or a folder
-    of other settings.
+    finds all records present writes the sets, as does each later call where files of a set are missing or damaged.
+    `identity` is `model_identity` of the model; without it, the weights in memory are asked.
+    Raises MituneError for an unknown selection, one that a race would starve, an oracle without a metric, a folder of
+    other settings or of another process, something else in the place of a set, or a model that makes nothing but NaN.
     """
     rules = [parse_rule(text, [*SCORES, *POST_HOC]) for text in config.select]
     if metric is None and any(rule.by == ORACLE for rule in rules):
         raise MituneError("pool.select names 'oracle', but this model comes with no judge; leave it out.")
     race = race_of(config.race, rules, FIRST_STAGES, candidates=config.candidates, keep=config.keep)
-    settings = {"model": model.name, "call": model.call, "made_with": identity, "prompts": list(prompts)}
-    claim(folder, settings | _identity_of(config), "pool")
-    began = time.monotonic()
-    batch_size = _BatchSize.begin(folder, config, model)
-    pool = _Pool(model, prompts, config, batch_size, rules, metric, Records(folder / "records"))
-    mine = range(shard[0], len(prompts), shard[1])
-    todo, steps, further = [], [], 0.0
-    for index in mine:
-        record = pool.records.read(index)
-        if record is None:
-            todo.append(index)
-        else:
-            steps += record[0]["steps"].to_pylist()
-            further += sum(record[0]["further_calls"].to_pylist())
-    total, done = len(mine) * config.candidates, (len(mine) - len(todo)) * config.candidates
-    requests = [pool.request(index, candidate) for index in todo for candidate in range(config.candidates)]
-    current = _Candidates()
-    for chunk, batch in generate_all(model, requests, batch_size.value, race):
-        batch_size.note(batch.batch_size)
-        for row in range(len(chunk)):
-            current.add(batch, row)
-            if len(current.latents) == config.candidates:
-                further += pool.finish(todo.pop(0), current)
-                steps += current.steps
-                current = _Candidates()
-        done += len(chunk)
-        if progress:
-            progress(done, total)
-    table = folder / "candidates.parquet"
-    sets = {rule.slug: folder.parent / "sets" / rule.slug for rule in rules}
-    broken = pool.assemble(folder, table, sets)
+    made_by = dict(identity or loaded_identity(model))
+    settings = {"model": made_by, "prompts": list(prompts), "pool": settings_that_matter(config)}
+    with one_of_many(folder, shard):
+        began = time.monotonic()
+        with waiting(folder):
+            claim(folder, settings, "pool")
+        batch_size = _BatchSize.begin(folder, config, model)
+        records = Records(folder / "records")
+        sets = {rule.slug: folder.parent / "sets" / rule.slug for rule in rules}
+        assembly = Assembly(folder=folder, sets=sets, model=model, made_by=made_by)
+        if not (folder / TABLE).exists():  # else all is made, and what is whole may stay whatever is beside it
+            assembly.require_room()
+        mine = range(shard[0], len(prompts), shard[1])
+        pool = _Pool(model, prompts, config, batch_size, rules, metric, records)
+        steps, further = pool.make(mine, race, progress)
+        with waiting(folder):
+            table = assembly.run(records, len(prompts))
+    total = len(mine) * config.candidates
     return PoolResult(
         folder=folder,
-        table=table,
-        sets=sets if broken is not None else {},
+        table=folder / TABLE,
+        sets=sets if table is not None else {},
         candidates=total,
-        broken=broken or 0,
+        broken=table["status"].to_pylist().count("nan") if table is not None else 0,
         seconds=time.monotonic() - began,
         denoiser_calls=sum(steps) + round(further),
         unraced_calls=total * max(steps, default=0) + round(further),
     )
-
-
-def _identity_of(config: PoolConfig) -> dict[str, object]:
-    """The settings that the candidates depend on; the batch size is none of them (it changes rounding at most)."""
-    settings = asdict(config)
-    del settings["batch_size"]
-    return settings
 
 
 @dataclass(slots=True)
@@ -138,13 +119,20 @@ class _BatchSize:
         if config.batch_size is not None:
             return cls(config.batch_size, None)
         file = folder / "batch_size.json"
-        found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+        found = read_again(file, _batch_size)
         return cls(found or default_batch_size(model.pipe._execution_device), file)
 
     def note(self, used: int) -> None:
         self.value = used
-        if self.file is not None and not (self.file.exists() and json.loads(self.file.read_text()) == used):
+        if self.file is not None and read_again(self.file, _batch_size) != used:
             write_json(self.file, used)
+
+
+def _batch_size(content: bytes) -> int:
+    value = json.loads(content)
+    if type(value) is not int or value < 1:
+        raise ValueError(value)
+    return value
 
 
 @dataclass(slots=True)
@@ -185,6 +173,40 @@ class _Pool:
         prompt = self.prompts[index]
         return Request(prompt=prompt, seed=candidate_seed(self.config.seed, prompt, candidate))
 
+    def make(self, mine: Sequence[int], race: Race | None, progress: Progress | None) -> tuple[list[int], float]:
+        """Makes the records of these prompts that are not there yet.
+
+        Returns the denoiser calls of each of their candidates, and the further ones of post-hoc scores.
+        """
+        todo, steps, further, usable = [], [], 0.0, False
+        for index in mine:
+            record = self.records.read(index)
+            if record is None:
+                todo.append(index)
+            else:
+                steps += record[0]["steps"].to_pylist()
+                further += sum(record[0]["further_calls"].to_pylist())
+                usable |= "ok" in record[0]["status"].to_pylist()
+        count = self.config.candidates
+        total, done = len(mine) * count, (len(mine) - len(todo)) * count
+        requests = [self.request(index, candidate) for index in todo for candidate in range(count)]
+        current, left = _Candidates(), len(todo)
+        for chunk, batch in generate_all(self.model, requests, self.batch_size.value, race):
+            self.batch_size.note(batch.batch_size)
+            for row in range(len(chunk)):
+                current.add(batch, row)
+                if len(current.latents) == count:
+                    further += self.finish(todo.pop(0), current)
+                    steps += current.steps
+                    usable |= any(map(_is_finite, current.latents))
+                    if not usable and left - len(todo) == PATIENCE:
+                        raise nothing_but_nan(self.model, PATIENCE)
+                    current = _Candidates()
+            done += len(chunk)
+            if progress:
+                progress(done, total)
+        return steps, further
+
     def finish(self, index: int, candidates: _Candidates) -> float:
         """Scores and judges the candidates of a prompt, selects among them and writes the record.
 
@@ -192,7 +214,7 @@ class _Pool:
         """
         count, prompt = self.config.candidates, self.prompts[index]
         latents = torch.stack(candidates.latents)
-        finite = torch.isfinite(latents).flatten(1).all(dim=1)
+        finite = torch.tensor([_is_finite(one) for one in candidates.latents])
         status = [_status(ok, step) for ok, step in zip(finite.tolist(), candidates.dropped, strict=True)]
         if broken := status.count("nan"):
             log.warning("%s: %d candidates came out as NaN and are left out.", prompt, broken)
@@ -212,24 +234,25 @@ class _Pool:
             "further_calls": [further / count] * count,
         }
         if self.metric is not None:
-            shown = [j for j, step in enumerate(candidates.dropped) if not step]
-            images = list(decode(self.model, latents[shown].nan_to_num()))
+            shown = [j for j, state in enumerate(status) if state == "ok"]
+            images = list(decode(self.model, latents[shown])) if shown else []
             verdicts = self.metric(images, [prompt] * len(shown))
             judged = dict(zip(shown, verdicts, strict=True))
-            for name in ("exact", "graded", "malformed"):
-                columns[name] = [getattr(judged[j], name) if j in judged else None for j in range(count)]
+            for name, kind in {"exact": pa.bool_(), "graded": pa.float64(), "malformed": pa.bool_()}.items():
+                values = [getattr(judged[j], name) if j in judged else None for j in range(count)]
+                columns[name] = pa.array(values, kind)  # which has its type where nothing is judged
             graded = torch.full((count,), torch.nan)
             graded[shown] = torch.tensor([v.graded - v.malformed for v in verdicts])  # what cannot be read comes last
-            scores[ORACLE] = graded.where(finite, torch.nan).tolist()
+            scores[ORACLE] = graded.tolist()
         columns |= {f"score.{name}": values for name, values in scores.items()} | candidates.terms
         stored = set(self._extremes(scores) if index < SHOWN_PROMPTS else ())
         for rule in self.rules:
             kept = apply(rule, scores, self.config.keep, candidate_seed(self.config.seed, prompt, -1))
             columns[f"kept.{rule.slug}"] = [candidate in kept for candidate in range(count)]
             stored |= set(kept)
-        tensors = {"latents": latents[sorted(stored)], "candidates": torch.tensor(sorted(stored))}
+        tensors = {"latents": latents[sorted(stored)], "candidates": torch.tensor(sorted(stored), dtype=torch.int64)}
         tensors |= {f"conditioning.{name}": tensor for name, tensor in candidates.conditioning.items()}
-        self.records.write(index, pa.table({name: list(values) for name, values in columns.items()}), tensors)
+        self.records.write(index, pa.table({name: pa.array(values) for name, values in columns.items()}), tensors)
         return further
 
     @property
@@ -253,58 +276,12 @@ class _Pool:
         order = select(scores[by], self.config.candidates)
         return order[:EXTREMES] + order[-EXTREMES:]
 
-    def assemble(self, folder: Path, table: Path, sets: Mapping[str, Path]) -> int | None:
-        """Writes the table and the sets once all records are there; returns the number of NaN candidates, or None."""
-        tables = [rows for rows, _ in self._all_records()]  # one record's tensors in memory at a time
-        if len(tables) < len(self.prompts):
-            return None
-        rows = pa.concat_tables(tables)
-        if not table.exists():
-            for index, (_, tensors) in enumerate(islice(self._all_records(), SHOWN_PROMPTS)):
-                images = decode(self.model, tensors["latents"])
-                for candidate, image in zip(tensors["candidates"].tolist(), images, strict=True):
-                    write_image(folder / "extremes" / f"{index:05d}-{candidate:03d}.png", image)
-            for slug, target in sets.items():
-                _write_set(self.model, self._all_records(), slug, target)
-            write_table(table, rows)  # last: its presence says that the sets are whole
-        return int(rows.column("status").to_pylist().count("nan"))
 
-    def _all_records(self) -> Iterator[tuple[pa.Table, dict[str, Tensor]]]:
-        """In order, up to the first that is missing."""
-        for index in range(len(self.prompts)):
-            record = self.records.read(index)
-            if record is None:
-                return
-            yield record
+def _is_finite(latents: Tensor) -> bool:
+    return bool(torch.isfinite(latents).all())
 
 
 def _status(finite: bool, dropped: int) -> str:
     if dropped:
         return f"dropped at step {dropped}"
     return "ok" if finite else "nan"
-
-
-def _write_set(model: Model, records: Iterable[tuple[pa.Table, dict[str, Tensor]]], slug: str, target: Path) -> None:
-    """An imagefolder with metadata, latents and text embeddings of what one selection keeps."""
-    if target.exists():
-        shutil.rmtree(target)
-    rows, latents, conditioning = [], [], []
-    for table, tensors in records:
-        position = {j: at for at, j in enumerate(tensors["candidates"].tolist())}
-        for row in table.select(["prompt_index", "prompt", "candidate", "seed", f"kept.{slug}"]).to_pylist():
-            if row.pop(f"kept.{slug}"):
-                name = f"{row['prompt_index']:05d}-{row['candidate']:03d}.png"
-                rows.append({"file_name": name, **row, "selection": slug})
-                latents.append(tensors["latents"][position[row["candidate"]]])
-                conditioning.append({k: v for k, v in tensors.items() if k.startswith("conditioning.")})
-    if not rows:
-        raise MituneError(f"The selection {slug!r} keeps no candidate at all; lower its threshold.")
-    stacked = torch.stack(latents)
-    for row, image in zip(rows, decode(model, stacked), strict=True):
-        write_image(target / row["file_name"], image)
-    write_tensors(target / "latents.safetensors", {"latents": stacked})
-    write_tensors(
-        target / "conditioning.safetensors",
-        {name.removeprefix("conditioning."): tensor for name, tensor in stack(conditioning).items()},
-    )
-    write_bytes(target / "metadata.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())

@@ -35,6 +35,7 @@ from mitune.information import (
 from mitune.models import guidance_name, prompted
 from mitune.path import NoisePath, path_of
 from mitune.probe import MIProbe
+from mitune.store import write_figure
 
 NOISINGS_A_STRATUM = 4  # two independent antithetic pairs
 
@@ -227,5 +228,4 @@ def save_heat_map(file: Path, image: Image, information: Tensor) -> None:
     )
     axes.set_axis_off()
     figure.colorbar(overlay, ax=axes, label="nats per latent pixel")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, format="png", dpi=150)
+    write_figure(file, figure, dpi=150)

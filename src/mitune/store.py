@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -25,11 +25,15 @@ from torch import Tensor
 
 from mitune.errors import MituneError
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 log = logging.getLogger(__name__)
 
 
 UNFINISHED = re.compile(r"\..+\.[0-9a-f]{8}\.unfinished")  # what is being written; of a killed process, until swept
 DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError)  # what reading a garbled file may raise
+SETTINGS = "settings.json"  # in a claimed folder
 T = TypeVar("T")
 
 
@@ -108,6 +112,16 @@ def write_image(path: Path, image: Image.Image) -> None:
     write_bytes(path, buffer.getvalue())
 
 
+def write_figure(path: Path, figure: Figure, *, dpi: int) -> None:
+    """A figure of matplotlib as a PNG file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi)
+    write_bytes(path, buffer.getvalue())
+
+
+Record = tuple[pa.Table, dict[str, Tensor]]
+
+
 class Records:
     """Numbered records of a table and tensors each, in one folder, each sealed by the checksums of its two files."""
 
@@ -125,7 +139,11 @@ class Records:
         write_tensors(tensor_file, tensors)
         write_json(seal, {file.name: _checksum(file.read_bytes()) for file in (table_file, tensor_file)})
 
-    def read(self, index: int) -> tuple[pa.Table, dict[str, Tensor]] | None:
+    def checksum(self, records: int) -> str:
+        """Of what the first so many records hold, by their seals."""
+        return _checksum(b"".join(self._files(index)[2].read_bytes() for index in range(records)))
+
+    def read(self, index: int) -> Record | None:
         """The record, or None if it was never finished. A damaged one is set aside, with a warning, and gone."""
         table_file, tensor_file, seal = self._files(index)
         if not seal.exists():
@@ -142,6 +160,14 @@ class Records:
             for file in (seal, table_file, tensor_file):
                 set_aside(file)
             return None
+
+    def read_up_to(self, count: int) -> Iterator[Record]:
+        """The first `count` records, in order, up to the first that is missing."""
+        for index in range(count):
+            record = self.read(index)
+            if record is None:
+                return
+            yield record
 
 
 def _checksum(content: bytes) -> str:
@@ -174,7 +200,7 @@ def claim(folder: Path, settings: Mapping[str, Any], what: str) -> None:
 
     Raises MituneError, naming the first setting that differs.
     """
-    file = folder / "settings.json"
+    file = folder / SETTINGS
     wanted = json.loads(json.dumps(settings))
     if not file.exists():
         write_json(file, wanted)

@@ -7,26 +7,30 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from mitune.config import Config, PoolConfig
 from mitune.errors import MituneError
 from mitune.evaluation import Variant, evaluate
 from mitune.finetuning import finetune
-from mitune.metrics.judgment import metric_for
-from mitune.models import adapter_checksum, load_model
+from mitune.identity import model_identity, settings_that_matter
+from mitune.locks import LOCK, sole_worker
+from mitune.metrics.judgment import Metric, metric_for
+from mitune.models import Model, load_model
 from mitune.pool import build_pool
 from mitune.prompts import load_prompts
 from mitune.report.build import build_report
-from mitune.settings import from_mapping, plain, read_yaml, write_config
-from mitune.store import write_json
+from mitune.settings import write_config
+from mitune.shapes.prompts import Listed
+from mitune.store import SETTINGS, claim, read_again, write_json
 
 Step = Callable[[int, int], None]
+CONFIG = "config.yaml"  # of a run
 
 
 class Stages(Protocol):
@@ -51,77 +55,98 @@ class TuneResult:
     report: Path
 
 
-def claim_run(run: Path, config: Config) -> None:
-    """Writes the resolved settings into the run directory; refuses a directory of another run."""
-    file = run / "config.yaml"
-    if not file.exists():
-        if run.is_dir() and any(run.iterdir()):
-            raise MituneError(f"{run} is not empty and holds no run; choose another folder with --run.")
-        write_config(config, file)
-        return
-    found, wanted = plain(from_mapping(read_yaml(file))), plain(config)
-    if found == wanted:
-        return
-    for section, value in wanted.items():
-        if found[section] != value:
-            raise MituneError(
-                f"{run} is a run of other settings (see {section!r} in {file}); choose another folder with --run, or "
-                f"go on with its own: --config {file}."
-            )
+def claim_run(run: Path, config: Config, prompts: Sequence[str]) -> None:
+    """Ties the run directory to what its adapters depend on, and writes the resolved settings into it.
+
+    Raises MituneError for a directory of another run.
+    """
+    sections = {"pool": config.pool, "finetune": config.finetune}
+    settings = {name: settings_that_matter(section) for name, section in sections.items()}
+    identity = {"model": model_identity(config.model), "prompts": list(prompts), "rounds": config.rounds}
+    claim(run, identity | settings, "run")
+    write_config(config, run / CONFIG)
+
+
+def _require_run(run: Path) -> None:
+    """Raises MituneError for a directory with anything but a run in it."""
+    known = {SETTINGS, CONFIG, LOCK}
+    if run.is_dir() and (names := {path.name for path in run.iterdir()}) and not names & known:
+        raise MituneError(f"{run} is not empty and holds no run; choose another folder with --run.")
 
 
 def tune(config: Config, run: Path, *, stages: Stages = silent) -> TuneResult:
     """Runs Algorithm 1 for `config.rounds` rounds in the directory `run`; the same call goes on where it stopped.
 
     From the second round on, each selection has a pool of its own, made with its adapter, which is trained further.
-    Raises MituneError for bad settings or prompts before anything is made.
+    Where the verdict fails, the report is written without it.
+    Raises MituneError for bad settings or prompts before anything is made, and if another process works on the run.
     """
     base = load_model(config.model)
     prompts = [listed.text for listed in load_prompts(config.prompts, base.pipe)]
     metric = metric_for(config.model.name, prompts)
     if config.eval_prompts:
-        held_out = load_prompts(config.eval_prompts, base.pipe)  # refused now rather than hours later
-        metric_for(config.model.name, [listed.text for listed in held_out])
-    claim_run(run, config)
-    adapters: dict[str, Path] = {}
-    for number in range(1, config.rounds + 1):
-        folder = run / f"round-{number}"
-        for name, before, settings in _pools(config.pool, adapters):
-            title = f"Round {number}: making and scoring candidates"
+        _held_out(config, base)  # refused now rather than hours later
+    _require_run(run)
+    with sole_worker(run):
+        claim_run(run, config, prompts)
+        adapters: dict[str, Path] = {}
+        for number in range(1, config.rounds + 1):
+            adapters = _round(config, run, number, adapters, prompts, base, metric, stages)
+        try:
+            verdict = judge_run(config, run, stages=stages) if config.eval_prompts else None
+        except Exception:
+            build_report(run)  # what was made can be looked at all the same
+            raise
+        return TuneResult(run, adapters, verdict, build_report(run))
+
+
+def _round(
+    config: Config,
+    run: Path,
+    number: int,
+    adapters: Mapping[str, Path],
+    prompts: Sequence[str],
+    base: Model,
+    metric: Metric | None,
+    stages: Stages,
+) -> dict[str, Path]:
+    """Pools, sets and trainings of one round; the adapters that it ends with, by selection."""
+    folder, trained = run / f"round-{number}", {}
+    for name, before, settings in _pools(config.pool, adapters):
+        title = f"Round {number}: making and scoring candidates"
+        with (
+            stages(f"{title} of {settings.select[0]}" if before else title) as step,
+            _cost(run, f"{name}, round {number}") as cost,
+        ):
+            pool = build_pool(
+                load_model(config.model, adapter=before) if before else base,
+                prompts,
+                folder / name,
+                settings,
+                metric=metric,
+                identity=model_identity(config.model, before),
+                progress=step,
+            )
+            cost |= {
+                "candidates": pool.candidates,
+                "denoiser_calls": pool.denoiser_calls,
+                "unraced_calls": pool.unraced_calls,
+            }
+        for slug, dataset in pool.sets.items():
             with (
-                stages(f"{title} of {settings.select[0]}" if before else title) as step,
-                _cost(run, f"{name}, round {number}") as cost,
+                stages(f"Round {number}: fine-tuning on {slug}") as step,
+                _cost(run, f"fine-tuning on {slug}, round {number}"),
             ):
-                pool = build_pool(
-                    load_model(config.model, adapter=before) if before else base,
-                    prompts,
-                    folder / name,
-                    settings,
-                    metric=metric,
-                    identity=adapter_checksum(before),
-                    progress=step,
+                result = finetune(
+                    config.model,
+                    dataset,
+                    folder / "adapters" / slug,
+                    config.finetune,
+                    start_from=before,
+                    progress=partial(_without_loss, step),
                 )
-                cost |= {
-                    "candidates": pool.candidates,
-                    "denoiser_calls": pool.denoiser_calls,
-                    "unraced_calls": pool.unraced_calls,
-                }
-            for slug, dataset in pool.sets.items():
-                with (
-                    stages(f"Round {number}: fine-tuning on {slug}") as step,
-                    _cost(run, f"fine-tuning on {slug}, round {number}"),
-                ):
-                    result = finetune(
-                        config.model,
-                        dataset,
-                        folder / "adapters" / slug,
-                        config.finetune,
-                        start_from=before,
-                        progress=partial(_without_loss, step),
-                    )
-                adapters[slug] = result.adapter
-    verdict = judge_run(config, run, stages=stages) if config.eval_prompts else None
-    return TuneResult(run, adapters, verdict, build_report(run))
+            trained[slug] = result.adapter
+    return trained
 
 
 def _pools(config: PoolConfig, adapters: Mapping[str, Path]) -> list[tuple[str, Path | None, PoolConfig]]:
@@ -143,13 +168,7 @@ def judge_run(config: Config, run: Path, *, stages: Stages = silent) -> Path:
     Raises MituneError if the model comes with no judge.
     """
     base = load_model(config.model)
-    prompts = load_prompts(config.eval_prompts or config.prompts, base.pipe)
-    metric = metric_for(config.model.name, [listed.text for listed in prompts])
-    if metric is None:
-        raise MituneError(
-            f"{config.model.name} comes with no exact judge; leave eval_prompts out, make images with "
-            "`mitune generate --adapter`, and score them with a metric of your choice."
-        )
+    prompts, metric = _held_out(config, base)
     adapters = sorted((run / f"round-{config.rounds}" / "adapters").glob("*/"))
     variants = [Variant(name="base"), *(Variant(name=folder.name, adapter=folder) for folder in adapters)]
     variants += [Variant(name=f"base, guidance {s:g}", guidance_scale=s) for s in config.eval.guidance_scales]
@@ -159,6 +178,18 @@ def judge_run(config: Config, run: Path, *, stages: Stages = silent) -> Path:
         return evaluate(
             config, prompts, variants, run / "eval", metric, stages=lambda variant: stages(f"Judging {variant.name}")
         )
+
+
+def _held_out(config: Config, base: Model) -> tuple[list[Listed], Metric]:
+    """The prompts to judge by, and the judge. Raises MituneError if the model comes with none."""
+    prompts = load_prompts(config.eval_prompts or config.prompts, base.pipe)
+    metric = metric_for(config.model.name, [listed.text for listed in prompts])
+    if metric is None:
+        raise MituneError(
+            f"{config.model.name} comes with no exact judge; leave eval_prompts out, make images with "
+            "`mitune generate --adapter`, and score them with a metric of your choice."
+        )
+    return prompts, metric
 
 
 def _without_loss(step: Step, done: int, total: int, _loss: float) -> None:
@@ -172,7 +203,7 @@ def _cost(run: Path, stage: str) -> Iterator[dict[str, int]]:
     counts: dict[str, int] = {}
     began = time.monotonic()
     yield counts
-    entries = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+    entries = read_again(file, _cost_entries) or []
     entry = next((e for e in entries if e["stage"] == stage), None)
     if entry is None:
         entry = {"stage": stage, "seconds": 0.0, "candidates": 0, "denoiser_calls": 0}
@@ -180,3 +211,11 @@ def _cost(run: Path, stage: str) -> Iterator[dict[str, int]]:
     entry |= counts
     entry["seconds"] = round(entry["seconds"] + time.monotonic() - began, 1)
     write_json(file, entries)
+
+
+def _cost_entries(content: bytes) -> list[dict[str, Any]]:
+    """The entries of cost.json. Raises ValueError, KeyError or TypeError if they are none."""
+    entries: list[dict[str, Any]] = json.loads(content)
+    for entry in entries:
+        _ = entry["stage"], float(entry["seconds"])
+    return list(entries)

@@ -22,13 +22,15 @@ from mitune.config import ModelConfig
 from mitune.contrast import told_apart
 from mitune.errors import MituneError
 from mitune.generate import Request, candidate_seed, decode, generate_all
+from mitune.identity import model_identity
+from mitune.locks import sole_worker
 from mitune.metrics.judgment import Metric
 from mitune.metrics.statistics import POOLED, Interval, kendall_tau, summarize
 from mitune.models import Model, load_model
 from mitune.negatives import Negative
 from mitune.shapes.check import Share, knows
 from mitune.shapes.prompts import Listed
-from mitune.store import claim, write_json
+from mitune.store import DAMAGED, claim, write_json
 
 Progress = Callable[[int, int], None]
 HEADER = """# Can selection pay?
@@ -94,42 +96,46 @@ def knowledge(
     """The shares by category for each of the models, given with their guidance scales.
 
     `scenes` rendered scenes a category, 0 where prompts are not of the shapes world; `images` samples a prompt. What
-    `folder` holds already is not made again. Raises MituneError for a folder of other settings or a damaged one.
+    `folder` holds already is not made again. Raises MituneError for a folder of other settings, of another process, or
+    a damaged one.
     """
     rivals = {listed.text: [negative.prompt for negative in negatives(listed.text)] for listed in prompts}
-    claim(folder, {"negatives": rivals, "scenes": scenes, "images": images, "seed": seed}, "study")
-    file = folder / "knowledge.json"
-    known = {found.key: found for found in _read(file)}
-    categories = list(dict.fromkeys(listed.category for listed in prompts))
-    found: list[Knowledge] = []
-    for settings in models:
-        model = load_model(settings)
-        for category in categories:
-            if progress:
-                progress(len(found), len(models) * len(categories))
-            key = (settings.name, category, model.guidance_scale)
-            if key not in known:
-                texts = [listed.text for listed in prompts if listed.category == category]
-                won, exact = _samples(model, texts, rivals, metric, images, seed, batch_size)
-                pairs = [(win, right) for win, right in zip(won, exact, strict=True) if win is not None]
-                own_right, own_wrong = ([win for win, right in pairs if right is asked] for asked in (True, False))
-                rendered = next((k.rendered for k in known.values() if k.key[:2] == key[:2]), None)
-                if scenes and rendered is None:
-                    rendered, _ = knows(model, category, scenes=scenes, seed=seed, batch_size=batch_size)
-                known[key] = Knowledge(
-                    model=settings.name,
-                    category=category,
-                    guidance_scale=model.guidance_scale,
-                    rendered=rendered,
-                    shows=Share(hits=sum(map(bool, exact)), trials=len(exact)) if metric else None,
-                    right=Share(hits=sum(own_right), trials=len(own_right)) if metric else None,
-                    wrong=Share(hits=len(own_wrong) - sum(own_wrong), trials=len(own_wrong)) if metric else None,
-                    wins=Share(hits=sum(win for win, _ in pairs), trials=len(pairs)),
-                )
-                write_json(file, [asdict(each) for each in known.values()])
-            found.append(known[key])
-    if progress:
-        progress(len(found), len(found))
+    with sole_worker(folder):
+        claim(folder, {"negatives": rivals, "scenes": scenes, "images": images, "seed": seed}, "study")
+        file = folder / "knowledge.json"
+        known = {found.key: found for found in _read(file)}
+        categories = list(dict.fromkeys(listed.category for listed in prompts))
+        found: list[Knowledge] = []
+        for settings in models:
+            model = load_model(settings)
+            part = folder / f"{Path(settings.name).name}-{model.guidance_scale:g}"
+            claim(part, model_identity(settings), "study")
+            for category in categories:
+                if progress:
+                    progress(len(found), len(models) * len(categories))
+                key = (settings.name, category, model.guidance_scale)
+                if key not in known:
+                    texts = [listed.text for listed in prompts if listed.category == category]
+                    won, exact = _samples(model, texts, rivals, metric, images, seed, batch_size)
+                    pairs = [(win, right) for win, right in zip(won, exact, strict=True) if win is not None]
+                    own_right, own_wrong = ([win for win, right in pairs if right is asked] for asked in (True, False))
+                    rendered = next((k.rendered for k in known.values() if k.key[:2] == key[:2]), None)
+                    if scenes and rendered is None:
+                        rendered, _ = knows(model, category, scenes=scenes, seed=seed, batch_size=batch_size)
+                    known[key] = Knowledge(
+                        model=settings.name,
+                        category=category,
+                        guidance_scale=model.guidance_scale,
+                        rendered=rendered,
+                        shows=Share(hits=sum(map(bool, exact)), trials=len(exact)) if metric else None,
+                        right=Share(hits=sum(own_right), trials=len(own_right)) if metric else None,
+                        wrong=Share(hits=len(own_wrong) - sum(own_wrong), trials=len(own_wrong)) if metric else None,
+                        wins=Share(hits=sum(win for win, _ in pairs), trials=len(pairs)),
+                    )
+                    write_json(file, [asdict(each) for each in known.values()])
+                found.append(known[key])
+        if progress:
+            progress(len(found), len(found))
     return found
 
 
@@ -138,7 +144,7 @@ def _read(file: Path) -> list[Knowledge]:
         return []
     try:
         return [Knowledge(**row) for row in json.loads(file.read_text("utf-8"), object_hook=_share_or_row)]
-    except (TypeError, ValueError) as error:
+    except DAMAGED as error:
         raise MituneError(f"{file} is damaged; delete it and run the study again.") from error
 
 

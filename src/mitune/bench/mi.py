@@ -114,7 +114,7 @@ def read_results(file: Path) -> list[Result]:
         return []
     try:
         return [Result(**row) for row in pq.read_table(file).to_pylist()]
-    except (TypeError, pa.ArrowInvalid) as error:
+    except (OSError, TypeError, pa.ArrowException) as error:
         raise MituneError(f"{file} holds no results of this benchmark; name another file.") from error
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
@@ -20,7 +20,9 @@ from numpy.typing import NDArray
 from mitune.config import GRADUAL, ModelConfig, Rungs
 from mitune.contrast import COMBINATIONS, FIRST_STAGES, gather, rivals_of
 from mitune.generate import Request, candidate_seed, decode, generate
+from mitune.identity import model_identity, settings_that_matter
 from mitune.information import SCORES
+from mitune.locks import sole_worker
 from mitune.metrics.statistics import Interval, bootstrap, bootstrap_ratio, numbers
 from mitune.models import Model, load_model
 from mitune.probe import MIProbe
@@ -140,19 +142,20 @@ def run_study(
     """Each prompt's run; a killed study goes on with the prompts that have no record in `folder` yet."""
     model = load_model(settings)
     texts = [listed.text for listed in prompts]
-    claim(folder, {"model": asdict(settings), "prompts": texts} | asdict(config), "study")
     records, runs = Records(folder / "records"), []
-    for index, text in enumerate(texts):
-        record = records.read(index)
-        if record is None:
-            table = _run(model, text, config)
-            records.write(index, table, {})
-        else:
-            table = record[0]
-        scores = {name: np.array(table[name].to_pylist()) for name in SCORES}
-        runs.append(Run(np.array(table["exact"].to_pylist(), np.float64), scores, numbers(table, CONTRAST.name)))
-        if progress:
-            progress(index + 1, len(texts))
+    with sole_worker(folder):
+        claim(folder, {"model": model_identity(settings), "prompts": texts} | settings_that_matter(config), "study")
+        for index, text in enumerate(texts):
+            record = records.read(index)
+            if record is None:
+                table = _run(model, text, config)
+                records.write(index, table, {})
+            else:
+                table = record[0]
+            scores = {name: np.array(table[name].to_pylist()) for name in SCORES}
+            runs.append(Run(np.array(table["exact"].to_pylist(), np.float64), scores, numbers(table, CONTRAST.name)))
+            if progress:
+                progress(index + 1, len(texts))
     return runs
 
 

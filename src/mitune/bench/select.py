@@ -8,7 +8,7 @@ new one needs no new candidates. `selection_tables` makes tables and figures of 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -33,7 +33,9 @@ from mitune.contrast import (
 )
 from mitune.errors import MituneError
 from mitune.generate import Request, candidate_seed, decode, generate_all
+from mitune.identity import model_identity, settings_that_matter
 from mitune.information import SCORES, Trace
+from mitune.locks import sole_worker
 from mitune.models import Model, load_model
 from mitune.shapes.grammar import Prompt, parse
 from mitune.shapes.judge import Verdict, judge
@@ -124,31 +126,32 @@ def run_study(
 
     The table has one row a candidate: where it is from, the judge's verdict, "score.<name>" and "calls.<name>" (extra
     denoiser calls a candidate) of every score. Raises MituneError for a prompt outside the shapes world and for a
-    folder of other settings.
+    folder of other settings or of another process.
     """
     texts = [listed.text for listed in prompts]
     rivals = {text: rivals_of(text, texts, seed=config.seed) for text in texts}
     tables, total = [], len(models) * len(prompts)
-    for index, settings in enumerate(models):
-        model = load_model(settings)
-        scale = model.guidance_scale
-        part = folder / f"{Path(settings.name).name}-{scale:g}"
-        identity = {"model": asdict(settings), "prompts": texts, "rivals": rivals, "log_snr": LOG_SNR_RANGE}
-        claim(part, identity | asdict(config), "study")
-        records = Records(part / "records")
-        for number, listed in enumerate(prompts):
-            record = records.read(number)
-            if record is None:
-                records.write(number, *_record(model, listed.text, rivals[listed.text], config))
+    with sole_worker(folder):
+        for index, settings in enumerate(models):
+            model = load_model(settings)
+            scale = model.guidance_scale
+            part = folder / f"{Path(settings.name).name}-{scale:g}"
+            asked = {"prompts": texts, "rivals": rivals, "log_snr": LOG_SNR_RANGE}
+            claim(part, {"model": model_identity(settings)} | asked | settings_that_matter(config), "study")
+            records = Records(part / "records")
+            for number, listed in enumerate(prompts):
                 record = records.read(number)
-            if record is not None:
-                where = {"model": settings.name, "guidance_scale": scale, "calls.making": 2.0 * model.steps}
-                where |= {"prompt_index": number, "category": listed.category, "split": listed.split}
-                tables.append(score_table(*record, where))
-            if progress:
-                progress(index * len(prompts) + number + 1, total)
-    target = folder / "candidates.parquet"
-    write_table(target, pa.concat_tables(tables))
+                if record is None:
+                    records.write(number, *_record(model, listed.text, rivals[listed.text], config))
+                    record = records.read(number)
+                if record is not None:
+                    where = {"model": settings.name, "guidance_scale": scale, "calls.making": 2.0 * model.steps}
+                    where |= {"prompt_index": number, "category": listed.category, "split": listed.split}
+                    tables.append(score_table(*record, where))
+                if progress:
+                    progress(index * len(prompts) + number + 1, total)
+        target = folder / "candidates.parquet"
+        write_table(target, pa.concat_tables(tables))
     return target
 
 

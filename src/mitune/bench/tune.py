@@ -144,14 +144,14 @@ class _Tuned:
         """What the selection chose among, with its choice as the column `kept`, and what is `right` and well drawn."""
         file, kept = pool_of(self._round, self.selection) / "candidates.parquet", f"kept.{self.selection}"
         table = pq.read_table(file, columns=["prompt", "exact", "malformed", kept])
-        right = numbers(table, "exact") * ~flags(table, "malformed")
+        right = numbers(table, "exact") * ~flags(table, "malformed")  # NaN for a candidate that came out as NaN
         return pa.table({"prompt": table["prompt"], "right": right, "kept": table[kept]})
 
 
 def _picked_right(adapters: Sequence[_Tuned]) -> dict[str, float]:
     """Which share of the candidates that each selection kept is right; of all in the first pool for the base."""
     pools = {own.variant: own.candidates() for own in adapters}
-    shares = {BASE: float(numbers(next(iter(pools.values())), "right").mean())}
+    shares = {BASE: float(np.nanmean(numbers(next(iter(pools.values())), "right")))}
     return shares | {name: float(numbers(pool, "right")[flags(pool, "kept")].mean()) for name, pool in pools.items()}
 
 
@@ -273,7 +273,8 @@ def picks(configs: Sequence[Config], folder: Path, *, seeds: int) -> str:
             right, kept = (_by_prompt(rows, column, config) for column in ("right", "kept"))
             asked = rows["prompt"].to_pylist()[:: config.pool.candidates]
             of_prompt = np.array([categories[prompt] for prompt in asked])
-            drawn, best = right.mean(axis=1), np.sort(right, axis=1)[:, -config.pool.keep :].mean(axis=1)
+            drawn, right = np.nanmean(right, axis=1), np.nan_to_num(right)
+            best = np.sort(right, axis=1)[:, -config.pool.keep :].mean(axis=1)
             picked = (right * kept).sum(axis=1) / kept.sum(axis=1)
             gaps = np.stack([picked - drawn, best - drawn, -drawn], axis=1)
             cells = []

@@ -128,8 +128,9 @@ def pool(
 
     Example:  mitune pool --model shapes-sd --prompts shapes:train/color -M 16 --run runs/color
     """
+    from mitune.identity import model_identity
     from mitune.metrics.judgment import metric_for
-    from mitune.models import adapter_checksum, load_model
+    from mitune.models import load_model
     from mitune.pool import build_pool
     from mitune.prompts import load_prompts
 
@@ -149,7 +150,7 @@ def pool(
             config.pool,
             metric=metric_for(config.model.name, texts),
             shard=_parse_shard(shard),
-            identity=adapter_checksum(adapter),
+            identity=model_identity(config.model, adapter),
             progress=step,
         )
     if not result.sets:

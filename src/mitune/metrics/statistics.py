@@ -95,8 +95,8 @@ class Selection:
     score: str
     agreement: Interval | None  # Kendall's τ-b with the graded score; None where no prompt has both varying
     kept: Interval  # exact share of the `keep` best by the score
-    drawn: Interval  # exact share of all candidates: what a random choice gives
-    oracle: Interval  # exact share of the `keep` best by the judge: the ceiling
+    drawn: Interval  # exact share of all judged candidates, scored or not: what a random choice gives
+    oracle: Interval  # exact share of the `keep` best of them by the judge: the ceiling
 
 
 def bootstrap(
@@ -249,32 +249,35 @@ def selection(candidates: pa.Table, keep: int = 1, *, resamples: int = RESAMPLES
     """Every score of a pool held against the judge, with prompts resampled; empty where the pool was not judged.
 
     `candidates` has one row a candidate: prompt_index, exact, graded, malformed and a column "score.<name>" per
-    score; a candidate without a finite score or without a verdict is left out of that score's figures. Equal scores
-    count for the exact share that they have together.
+    score. A candidate without a finite score is neither ranked nor kept by it, but a random choice or the judge could
+    keep it; one without a verdict is left out. Equal scores count for the exact share that they have together.
     """
     exact, graded = numbers(candidates, "exact"), numbers(candidates, "graded")
     if not np.isfinite(exact).any():
         return []
     exact = exact * ~flags(candidates, "malformed")
     prompts = np.array(_list(candidates, "prompt_index"))
-    groups = [np.flatnonzero(prompts == prompt) for prompt in np.unique(prompts)]
+    groups = [np.flatnonzero((prompts == prompt) & np.isfinite(exact)) for prompt in np.unique(prompts)]
+    of_all = [[_share(exact[group]), best_share(exact[group], exact[group], keep)] for group in groups]
+    drawn, oracle = bootstrap(np.array(of_all), low=0, high=1, resamples=resamples, seed=seed)
     found = []
     for column in (name for name in candidates.column_names if name.startswith("score.")):
         scores = numbers(candidates, column)
         figures = []
         for group in groups:
-            own = group[np.isfinite(scores[group]) & np.isfinite(exact[group])]
+            own = group[np.isfinite(scores[group])]
             tau = kendall_tau(scores[own], graded[own]) if np.isfinite(graded[own]).all() else math.nan
-            drawn = float(exact[own].mean()) if len(own) else math.nan
-            figures.append(
-                (tau, best_share(scores[own], exact[own], keep), drawn, best_share(exact[own], exact[own], keep))
-            )
+            figures.append((tau, best_share(scores[own], exact[own], keep)))
         table = np.array(figures)
         (agreement,) = bootstrap(table[:, :1], low=-1, high=1, resamples=resamples, seed=seed)
-        shares = bootstrap(table[:, 1:], low=0, high=1, resamples=resamples, seed=seed)
+        (kept,) = bootstrap(table[:, 1:], low=0, high=1, resamples=resamples, seed=seed)
         name = column.removeprefix("score.")
-        found.append(Selection(name, agreement if agreement.prompts else None, *shares))
+        found.append(Selection(name, agreement if agreement.prompts else None, kept, drawn, oracle))
     return found
+
+
+def _share(exact: Array) -> float:
+    return float(exact.mean()) if len(exact) else math.nan
 
 
 def best_share(by: Array, exact: Array, keep: int) -> float:

@@ -40,6 +40,8 @@ from mitune.store import write_bytes
 
 BASELINE = "base"
 CONTROLS = ("random", "oracle")
+COSTS = ("seconds", "candidates", "denoiser_calls", "unraced_calls")  # of a stage
+CURVES = ("iteration", "loss", "gradient_norm", "seconds")  # of an iteration
 BINS = 10  # ranks of a score are shown in tenths
 
 Array = NDArray[np.float64]
@@ -85,7 +87,7 @@ def context(run: Path) -> Context:
         "failures": [f for f in failures(images) if f.category == POOLED] if images is not None else [],
         "cards": before_after(run / "eval", images, [BASELINE, *tuned[:1]]) if images is not None else [],
         "rounds": [_round(folder, config, rules, colors) for folder in rounds(run)],
-        "cost": _cost(read_json(run / "cost.json")),
+        "cost": _cost(read_json(run / "cost.json", COSTS)),
         "percent": percent,
     }
 
@@ -370,8 +372,8 @@ def _by_rank(scores: Array, exact: Array, prompts: NDArray[np.int64]) -> Array:
 
 def _training(folder: Path, colors: Mapping[str, str]) -> Context | None:
     """The curves of a round's adapters, with the names that the colors stand for; None if none was trained."""
-    runs = {path.parent.name: read_json(path) or [] for path in sorted(folder.glob("adapters/*/training.jsonl"))}
-    runs = {name: rows for name, rows in runs.items() if rows}
+    paths = sorted(folder.glob("adapters/*/training.jsonl"))
+    runs = {path.parent.name: rows for path in paths if (rows := read_json(path, CURVES))}
     if not runs:
         return None
     titles = {"loss": "loss", "gradient_norm": "norm of the gradient"}
@@ -403,18 +405,18 @@ def _cost(entries: Sequence[Mapping[str, Any]] | None) -> list[Context]:
     """What each stage cost, resumed ones added up, and their sum in the last row."""
     if not entries:
         return []
-    keys = ("seconds", "candidates", "denoiser_calls", "unraced_calls")
-    stages = {str(entry["stage"]): dict.fromkeys(keys, 0.0) for entry in entries}
+    stages = {str(entry.get("stage")): dict.fromkeys(COSTS, 0.0) for entry in entries}
     for entry in entries:
-        for key in keys:
-            stages[str(entry["stage"])][key] += entry.get(key) or 0
+        stage = stages[str(entry.get("stage"))]
+        for key in COSTS:
+            stage[key] += entry.get(key) or 0
         if not entry.get("unraced_calls"):  # no pool
-            stages[str(entry["stage"])]["unraced_calls"] += entry.get("denoiser_calls") or 0
-    total = {key: sum(stage[key] for stage in stages.values()) for key in keys}
+            stage["unraced_calls"] += entry.get("denoiser_calls") or 0
+    total = {key: sum(stage[key] for stage in stages.values()) for key in COSTS}
     rows = []
     for name, stage in (*stages.items(), ("total", total)):
         share = stage["seconds"] / total["seconds"] if total["seconds"] else 0.0
-        counts = {key: f"{stage[key]:,.0f}".replace(",", "\u202f") if stage[key] else "–" for key in keys[1:3]}
+        counts = {key: f"{stage[key]:,.0f}".replace(",", "\u202f") if stage[key] else "–" for key in COSTS[1:3]}
         saved = stage["unraced_calls"] / stage["denoiser_calls"] if stage["denoiser_calls"] else 1.0
         counts["saved"] = f"{saved:.1f}× fewer by racing" if saved > 1 else ""
         rows.append({"stage": name, "seconds": duration(stage["seconds"]), "share": 100 * share, **counts})

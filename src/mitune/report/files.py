@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,10 @@ def read_config(run: Path) -> tuple[str, Mapping[str, Any]]:
     path = run / "config.yaml"
     if not path.is_file():
         raise MituneError(f"{run} holds no config.yaml, so it is no run folder; give the folder that a run wrote.")
-    text = path.read_text("utf-8")
     try:
+        text = path.read_text("utf-8")
         config = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise MituneError(f"{path} is no YAML ({' '.join(str(error).split())}); restore it from the run.") from error
     if not isinstance(config, Mapping):
         raise MituneError(f"{path} holds no settings; restore it from the run.")
@@ -57,21 +57,23 @@ def read_table(path: Path, optional: Mapping[str, pa.DataType] | None = None) ->
     return table
 
 
-def read_json(path: Path) -> list[Mapping[str, Any]] | None:
+def read_json(path: Path, numbers: Sequence[str]) -> list[Mapping[str, Any]] | None:
     """The records of a JSON list, or of a .jsonl file, one a line; None if the file is absent.
 
-    Raises MituneError if a record is damaged.
+    numbers: what is a number in each record, null or absent. Raises MituneError if a record is damaged.
     """
     if not path.is_file():
         return None
-    text = path.read_text("utf-8")
     try:
-        if path.suffix == ".jsonl":
-            return [json.loads(line) for line in text.splitlines() if line.strip()]
-        records: list[Mapping[str, Any]] = json.loads(text)
-        return records
-    except json.JSONDecodeError as error:
-        raise MituneError(f"{path} is no JSON ({error}); run the stage again that writes it.") from error
+        text = path.read_text("utf-8")
+        lines = [line for line in text.split("\n") if line.strip()]
+        records: list[Mapping[str, Any]] = [*map(json.loads, lines)] if path.suffix == ".jsonl" else json.loads(text)
+        for value in (record.get(name) for record in records for name in numbers):
+            if not isinstance(value, int | float | None):
+                raise TypeError(f"{value!r} is no number")
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise MituneError(f"{path} is damaged ({error}); run the stage again that writes it.") from error
+    return records
 
 
 def rounds(run: Path) -> list[Path]:

@@ -13,6 +13,7 @@ from mitune.metrics.judgment import Judgment, shapes_metric
 from mitune.models import Model
 from mitune.shapes.grammar import CATEGORIES
 from mitune.shapes.prompts import prompt_list
+from mitune.store import write_figure
 
 RIGHT, WRONG, MALFORMED = "#2f9e44", "#e03131", "#868e96"
 
@@ -41,8 +42,7 @@ def save_grid(model: Model, file: Path, *, images: int, seed: int) -> None:
                 spine.set(color=_color(judged[at]), linewidth=3)
     right = sum(j.exact and not j.malformed for j in judged)
     figure.suptitle(f"{model.name}: {right} of {len(judged)} right (green); wrong: red; malformed: grey", fontsize=10)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=110)
+    write_figure(file, figure, dpi=110)
 
 
 def _color(judgment: Judgment) -> str:
