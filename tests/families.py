@@ -381,7 +381,13 @@ def wan() -> Any:
         rope_max_seq_len=32,
     )
     autoencoder = AutoencoderKLWan(
-        base_dim=4, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[True]
+        base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[True],
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
     ).eval()
     config = transformers.UMT5Config(vocab_size=16, d_model=HIDDEN, d_kv=8, d_ff=8, num_layers=1, num_heads=2)
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)

@@ -17,7 +17,8 @@ from mitune.config import ModelConfig
 from mitune.errors import MituneError
 from mitune.information import Estimate, LogisticProposal, alpha_sigma, point_wise_draws, true_noise
 from mitune.models import load_model
-from mitune.scoring import encode_images, score
+from mitune.pictures import encode_images
+from mitune.scoring import score
 from mitune.shapes.grammar import COLORS, SHAPES, TEXTURES, parse
 from mitune.shapes.scene import picture, sample_scene
 from mitune.shapes.truth import Truth

@@ -14,19 +14,20 @@ from diffusers import ChromaTransformer2DModel, FlowMatchEulerDiscreteScheduler
 from peft import PeftModel
 
 from mitune.adapter import WEIGHTS_FILE, add_adapter, save_adapter, trainable
+from mitune.batches import called_through
 from mitune.components import Components
 from mitune.config import FinetuneConfig, ModelConfig, PoolConfig
 from mitune.denoiser import denoiser_of, network_output
 from mitune.errors import GuidanceError, MituneError, ModelError
 from mitune.finetuning import finetune
-from mitune.generate import decode
 from mitune.information import get_score
 from mitune.loss import denoising_errors, draw, shift_of
 from mitune.models import Model, load_adapter, load_model, prompted
 from mitune.path import path_of
+from mitune.pictures import decode, encode_images
 from mitune.pool import build_pool
 from mitune.probe import MIProbe
-from mitune.scoring import encode_images, score
+from mitune.scoring import score
 from mitune.training_set import TrainingSet
 from tests.families import CASES, PICTURE, PROMPTS, TEXT, flux
 from tests.tiny import tiny_sd3
@@ -277,17 +278,26 @@ def test_adapter(case, tmp_path):
 
 
 @pictures
-def test_pictures_and_latents(case):
-    """Latents are decoded to the pictures that the pipeline itself makes; pictures become latents of its shape."""
-    pipe = case.make()
-    made = call(pipe, case, output_type="pil")
-    latents = call(pipe, case)
-    decoded = list(decode(Model(pipe, case.call, "tiny"), latents))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+def test_pictures_and_latents(case, dtype):
+    """Latents become the pipeline's own pictures, bit for bit, and its decoder's input becomes the latents again."""
+    pipe = case.make().to(dtype=dtype)
+    made, latents = call(pipe, case, output_type="pil"), call(pipe, case)
+    handed = []
+
+    def noted(decode, given, *args, **kwargs):
+        handed.append(given)
+        return decode(given, *args, **kwargs)
+
+    with called_through(pipe.vae, noted, "decode"):
+        decoded = list(decode(Model(pipe, case.call, "tiny"), latents.float()))
     for ours, its in zip(decoded, made, strict=True):
-        assert ours.size == its.size
-        assert abs(np.asarray(ours, dtype=int) - np.asarray(its, dtype=int)).max() <= 1
-    encoded = encode_images(pipe, made)
-    assert encoded.shape == latents.shape
+        assert np.array_equal(ours, its)
+    with called_through(pipe.vae, lambda *_, **__: (torch.cat(handed).float(),), "encode"):
+        encoded = encode_images(pipe, made, case.call)
+    rounding = 1e-6 if dtype == torch.float32 else 1e-3  # on the way from the latents to the decoder
+    torch.testing.assert_close(encoded, latents.float(), rtol=3 * rounding, atol=rounding)
+    assert encode_images(pipe, made, case.call).isfinite().all()
 
 
 class TestDistilled:

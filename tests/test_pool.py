@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 import mitune.pool
 from mitune.config import PoolConfig
 from mitune.errors import MituneError
-from mitune.generate import Request, candidate_seed, decode, generate, generate_all
+from mitune.generate import Request, candidate_seed, generate, generate_all
 from mitune.information import SCORES, Trace, get_score
 from mitune.models import Model
+from mitune.pictures import decode
 from mitune.pool import build_pool
 from tests.tiny import tiny_sd, tiny_sd3
 

@@ -14,7 +14,8 @@ from mitune.denoiser import denoiser_of
 from mitune.errors import GuidanceError, MituneError
 from mitune.information import UNITS, Estimate, LogisticProposal, RectifiedFlowProposal
 from mitune.path import path_of
-from mitune.scoring import default_proposal, encode_images, save_heat_map, score
+from mitune.pictures import encode_images
+from mitune.scoring import default_proposal, save_heat_map, score
 from tests.sets import tiny_sdxl
 from tests.tiny import PROMPTS, SD3_CALL, tiny_sd, tiny_sd3
 
@@ -208,21 +209,6 @@ class TestPromises:
 
 
 class TestImages:
-    def test_encoding_is_the_vae_s_mode(self):
-        pipe = tiny_sd()
-        pixels = pipe.image_processor.preprocess(pictures())
-        with torch.no_grad():
-            expected = pipe.vae.encode(pixels).latent_dist.mode() * pipe.vae.config.scaling_factor
-        assert torch.equal(encode_images(pipe, pictures()), expected)
-        assert expected.shape == (2, 4, 8, 8)
-
-    def test_encoding_subtracts_the_shift(self):
-        pipe = tiny_sd3()
-        plain = encode_images(pipe, pictures())
-        pipe.vae.register_to_config(shift_factor=0.25)
-        shifted = encode_images(pipe, pictures())
-        torch.testing.assert_close(plain - shifted, torch.full_like(plain, 0.25 * pipe.vae.config.scaling_factor))
-
     def test_pictures_score_as_their_latents(self):
         pipe = tiny_sd()
         direct = score(pipe, pictures(), PROMPTS, draws=4).draws

@@ -10,9 +10,8 @@ import pytest
 from diffusers import DiffusionPipeline
 
 from mitune.config import EMBEDDED, ModelConfig
-from mitune.generate import decode
 from mitune.models import load_model, model_folder
-from mitune.scoring import encode_images
+from mitune.pictures import decode, encode_images
 from mitune.shapes.check import check_category
 from mitune.shapes.grammar import CATEGORIES, Phrase, Prompt, PromptError, forms, parse, sample_prompt
 from mitune.shapes.judge import judge, read

@@ -19,8 +19,8 @@ import torch
 
 from mitune.conditioning import stack
 from mitune.errors import MituneError
-from mitune.generate import decode
 from mitune.models import Model, nothing_but_nan
+from mitune.pictures import decode
 from mitune.seals import SEAL, is_whole, read_seal, write_seal
 from mitune.store import (
     UNFINISHED,

@@ -89,41 +89,45 @@ def constant_batches(pipe: Any, size: int) -> Iterator[None]:
         joined = _joined([piece for whole in made for piece in whole])
         return (joined,) if isinstance(output, tuple) else type(output)(sample=joined)
 
-    with _called_through(denoiser, in_parts):
+    with called_through(denoiser, in_parts):
         yield
 
 
 @contextmanager
-def texts_encoded_once(pipe: Any) -> Iterator[None]:
-    """Text encoders get each distinct text once, and alone, however many rows of the pipeline's batch repeat it."""
+def texts_encoded_once(pipe: Any, encoded: dict[Any, Any] | None = None) -> Iterator[None]:
+    """Text encoders get each distinct text once, and alone, however many rows of the pipeline's batch repeat it.
 
-    def each_alone(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    encoded: where their outputs are kept, if the same texts will come again in a later call of the pipeline.
+    """
+    kept = {} if encoded is None else encoded
+
+    def each_alone(part: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         tokens = kwargs.get("input_ids", args[0] if args else None)
         if tokens is None:
             return forward(*args, **kwargs)  # a language model that writes on is called with embeddings
-        found: dict[bytes, int] = {}
-        outputs: list[Any] = []
-        places: list[int] = []
+        keys = []
         for row in range(len(tokens)):
             own = Rows(torch.tensor([row]), len(tokens))
             given = [own.of(value) for value in args], own.of(kwargs)
-            key = _bytes_of([*given[0], *given[1].values()])
-            if key not in found:
-                found[key] = len(outputs)
-                outputs.append(forward(*given[0], **given[1]))
-            places.append(found[key])
-        return _joined([outputs[place] for place in places])
+            keys.append((part, _key_of([*given[0], *given[1].values()])))
+            if keys[-1] not in kept:
+                kept[keys[-1]] = forward(*given[0], **given[1])
+        return _joined([kept[key] for key in keys])
 
     with ExitStack() as stack:
-        for part in pipe.components.values():
+        for name, part in pipe.components.items():
             if isinstance(part, PreTrainedModel):
-                stack.enter_context(_called_through(part, each_alone))
+                stack.enter_context(called_through(part, functools.partial(each_alone, name)))
         yield
 
 
-def _bytes_of(values: list[Any]) -> bytes:
-    tensors = [value for value in values if isinstance(value, Tensor)]
-    return b"|".join(tensor.cpu().contiguous().numpy().tobytes() for tensor in tensors)
+def _key_of(values: list[Any]) -> bytes:
+    """The same for the same tensors and settings."""
+    parts = [
+        value.cpu().contiguous().numpy().tobytes() if isinstance(value, Tensor) else repr(value).encode()
+        for value in values
+    ]
+    return b"|".join(parts)
 
 
 def _joined(parts: list[Any]) -> Any:
@@ -141,15 +145,15 @@ def _joined(parts: list[Any]) -> Any:
 
 
 @contextmanager
-def _called_through(module: nn.Module, wrapper: Callable[..., Any]) -> Iterator[None]:
-    """Has `wrapper` called with the module's forward, and its arguments, instead of forward itself."""
-    forward = module.forward
-    own = module.__dict__.get("forward")  # where accelerate has put one that moves the module to the GPU
-    module.forward = functools.wraps(forward)(functools.partial(wrapper, forward))
+def called_through(module: nn.Module, wrapper: Callable[..., Any], method: str = "forward") -> Iterator[None]:
+    """Has `wrapper` called with the module's method, and its arguments, instead of the method itself."""
+    original = getattr(module, method)
+    own = module.__dict__.get(method)  # where accelerate has put one that moves the module to the GPU
+    setattr(module, method, functools.wraps(original)(functools.partial(wrapper, original)))
     try:
         yield
     finally:
         if own is None:
-            del module.forward
+            delattr(module, method)
         else:
-            module.forward = own
+            setattr(module, method, own)

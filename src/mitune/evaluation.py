@@ -16,12 +16,13 @@ import torch
 
 from mitune.config import Config
 from mitune.errors import MituneError
-from mitune.generate import Request, candidate_seed, decode, generate_all
+from mitune.generate import Request, candidate_seed, generate_all
 from mitune.identity import model_identity, settings_that_matter
 from mitune.information import SCORES
 from mitune.locks import sole_worker
 from mitune.metrics.judgment import Judgment, Metric
 from mitune.models import Model, adapter_checksum, load_model, nothing_but_nan
+from mitune.pictures import decode
 from mitune.seals import is_whole, write_seal
 from mitune.shapes.prompts import Listed
 from mitune.store import claim, write_image, write_table

@@ -14,20 +14,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from mitune.batches import constant_batches, texts_encoded_once
 from mitune.conditioning import stack
 from mitune.information import Trace
-from mitune.models import Model, guidance_name, prompted
+from mitune.models import Model, prompted
 from mitune.probe import MIProbe
 from mitune.racing import Race
 
 log = logging.getLogger(__name__)
 LARGEST_BATCH = 64  # to begin with on a GPU; more than that makes none faster
 CPU_BATCH = 16
-DECODED_PIXELS = 2**16  # in one call of the VAE, whose activations take a kilobyte or more a pixel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,14 +56,16 @@ def candidate_seed(seed: int, prompt: str, candidate: int) -> int:
 
 @contextmanager
 def quiet_pipelines() -> Iterator[None]:
-    """Silences diffusers' warnings about prompt lengths: mitune has checked them, and names the line."""
-    logger = logging.getLogger("diffusers.pipelines")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """Silences diffusers' warnings about prompt lengths, which mitune has checked, and about a lifted autoencoder."""
+    loggers = [logging.getLogger(f"diffusers.{part}") for part in ("pipelines", "models")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def generate(
@@ -144,38 +144,3 @@ def condition(model: Model, prompts: Sequence[str], batch_size: int = 64) -> dic
         told = probe.conditioning
         rows += [{name: tensor[row] for name, tensor in told.items()} for row in range(len(some))]
     return stack(rows)
-
-
-def decode(model: Model, latents: Tensor) -> Iterator[Image.Image]:
-    """Pictures of latents (N, C, H, W), or packed, in the denoiser's space; a few at once, as a VAE takes much room."""
-    some = _decode_with_vae if latents.ndim == 4 else _decode_through_pipeline
-    for chunk in torch.split(latents, _decoded_at_once(model, latents)):
-        yield from some(model, chunk)
-
-
-def _decoded_at_once(model: Model, latents: Tensor) -> int:
-    cells = 4 * latents.shape[1] if latents.ndim == 3 else latents.shape[2:].numel()  # a packed token is 2 × 2 of them
-    pixels = cells * getattr(model.pipe, "vae_scale_factor", 8) ** 2
-    return max(1, DECODED_PIXELS // pixels)
-
-
-@torch.no_grad()
-def _decode_with_vae(model: Model, latents: Tensor) -> list[Image.Image]:
-    vae = model.pipe.vae
-    shift = getattr(vae.config, "shift_factor", None) or 0.0
-    scaled = latents.to(model.pipe._execution_device, vae.dtype) / vae.config.scaling_factor + shift
-    decoded = vae.decode(scaled, return_dict=False)[0]
-    images: list[Image.Image] = model.pipe.image_processor.postprocess(decoded, output_type="pil")
-    return images
-
-
-@torch.no_grad()
-def _decode_through_pipeline(model: Model, latents: Tensor) -> list[Image.Image]:
-    """Pictures of packed latents: the pipeline, which alone knows how to unpack them, gets them at its last step."""
-    call = {**model.call, "num_inference_steps": 1, guidance_name(type(model.pipe)): 1.0}
-    given = latents.to(model.pipe._execution_device, model.pipe.vae.dtype)
-    with quiet_pipelines():
-        images: list[Image.Image] = model.pipe(
-            callback_on_step_end=lambda *_: {"latents": given}, **prompted(model.pipe, [""] * len(latents), call)
-        )[0]
-    return images

@@ -24,12 +24,13 @@ from mitune.config import PoolConfig
 from mitune.contrast import FIRST_STAGES, POST_HOC, post_hoc, rivals_of
 from mitune.denoiser import denoiser_of, rows_counted
 from mitune.errors import MituneError
-from mitune.generate import Batch, Request, candidate_seed, decode, default_batch_size, generate_all
+from mitune.generate import Batch, Request, candidate_seed, default_batch_size, generate_all
 from mitune.identity import loaded_identity, settings_that_matter
 from mitune.information import SCORES, Trace
 from mitune.locks import one_of_many, waiting
 from mitune.metrics.judgment import Metric
 from mitune.models import Model, nothing_but_nan
+from mitune.pictures import decode
 from mitune.racing import Race, race_of
 from mitune.selection import ORACLE, Rule, apply, parse_rule, select
 from mitune.store import Records, claim, read_again, write_json

@@ -34,6 +34,7 @@ from mitune.information import (
 )
 from mitune.models import guidance_name, prompted
 from mitune.path import NoisePath, path_of
+from mitune.pictures import encode_images
 from mitune.probe import MIProbe
 from mitune.store import write_figure
 
@@ -83,7 +84,7 @@ def score(
     if estimator not in UNITS:
         raise MituneError(f"There is no estimator {estimator!r}; the known ones are {', '.join(UNITS)}.")
     path = path_of(pipe.scheduler)
-    latents = images if isinstance(images, Tensor) else encode_images(pipe, images)
+    latents = images if isinstance(images, Tensor) else encode_images(pipe, images, call)
     packs = hasattr(pipe, "_pack_latents")
     if hasattr(pipe, "image_processor") and latents.ndim != (3 if packs else 4):
         wanted = "packed, (N, S, C)" if packs else "(N, C, H, W), not packed"
@@ -126,37 +127,6 @@ def default_proposal(path: NoisePath) -> LogisticProposal:
     """Uniform in flow time over the λ that training has seen, without the clean end: σ/(α + σ) > `TRUNCATION`."""
     low, high = path.log_snr_range()
     return LogisticProposal(low, min(high, 2 * math.log((1 - TRUNCATION) / TRUNCATION)))
-
-
-@torch.no_grad()
-def encode_images(pipe: Any, images: Sequence[Image]) -> Tensor:
-    """Pictures of one size as latents (N, C, H, W) the way the pipeline's denoiser sees them; the VAE's mode."""
-    if len({image.size for image in images}) != 1:
-        raise MituneError("The images differ in size; score those of one size together.")
-    if not hasattr(pipe, "image_processor"):
-        raise MituneError(f"{type(pipe).__name__} makes no pictures; give latents as its denoiser sees them.")
-    vae = pipe.vae
-    dtype, config = vae.dtype, vae.config
-    # SDXL's VAE overflows in half precision; its pipeline also lifts it for the time of a call.
-    lifted = dtype == torch.float16 and config.get("force_upcast", False)
-    if lifted:
-        vae.to(torch.float32)
-    pixels = pipe.image_processor.preprocess([image.convert("RGB") for image in images]).to(
-        pipe._execution_device, vae.dtype
-    )
-    statistics = config.get("latents_mean"), config.get("latents_std")
-    of_films = config.get("z_dim") is not None  # Qwen-Image's VAE, which is Wan's
-    encoded = vae.encode(pixels.unsqueeze(2) if of_films else pixels)
-    if lifted:
-        vae.to(dtype)
-    latents: Tensor = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent
-    latents = (latents.squeeze(2) if of_films else latents).float()
-    if of_films:
-        mean, deviation = (torch.tensor(x, device=latents.device).reshape(1, -1, 1, 1) for x in statistics)
-        latents = (latents - mean) / deviation
-    else:
-        latents = (latents - (config.get("shift_factor") or 0.0)) * float(config.scaling_factor)
-    return pipe._pack_latents(latents, *latents.shape) if hasattr(pipe, "_pack_latents") else latents
 
 
 class _PipelineDenoiser:

@@ -21,13 +21,14 @@ import pyarrow.compute as pc
 from mitune.config import ModelConfig
 from mitune.contrast import told_apart
 from mitune.errors import MituneError
-from mitune.generate import Request, candidate_seed, decode, generate_all
+from mitune.generate import Request, candidate_seed, generate_all
 from mitune.identity import model_identity
 from mitune.locks import sole_worker
 from mitune.metrics.judgment import Metric
 from mitune.metrics.statistics import POOLED, Interval, kendall_tau, summarize
 from mitune.models import Model, load_model
 from mitune.negatives import Negative
+from mitune.pictures import decode
 from mitune.shapes.check import Share, knows
 from mitune.shapes.prompts import Listed
 from mitune.store import DAMAGED, claim, write_json

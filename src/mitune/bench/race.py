@@ -19,12 +19,13 @@ from numpy.typing import NDArray
 
 from mitune.config import GRADUAL, ModelConfig, Rungs
 from mitune.contrast import COMBINATIONS, FIRST_STAGES, gather, rivals_of
-from mitune.generate import Request, candidate_seed, decode, generate
+from mitune.generate import Request, candidate_seed, generate
 from mitune.identity import model_identity, settings_that_matter
 from mitune.information import SCORES
 from mitune.locks import sole_worker
 from mitune.metrics.statistics import Interval, bootstrap, bootstrap_ratio, numbers
 from mitune.models import Model, load_model
+from mitune.pictures import decode
 from mitune.probe import MIProbe
 from mitune.racing import GROUP, Race
 from mitune.selection import select

@@ -32,11 +32,12 @@ from mitune.contrast import (
     rivals_of,
 )
 from mitune.errors import MituneError
-from mitune.generate import Request, candidate_seed, decode, generate_all
+from mitune.generate import Request, candidate_seed, generate_all
 from mitune.identity import model_identity, settings_that_matter
 from mitune.information import SCORES, Trace
 from mitune.locks import sole_worker
 from mitune.models import Model, load_model
+from mitune.pictures import decode
 from mitune.shapes.grammar import Prompt, parse
 from mitune.shapes.judge import Verdict, judge
 from mitune.shapes.prompts import Listed

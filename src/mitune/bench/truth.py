@@ -49,7 +49,8 @@ from mitune.information import (
 from mitune.models import Model, model_folder
 from mitune.negatives import shapes_negatives
 from mitune.path import path_of
-from mitune.scoring import NOISINGS_A_STRATUM, default_proposal, encode_images
+from mitune.pictures import encode_images
+from mitune.scoring import NOISINGS_A_STRATUM, default_proposal
 from mitune.shapes.grammar import CATEGORIES, Prompt, forms, parse, sample_prompt
 from mitune.shapes.scene import Scene, log_likelihood, picture, sample_scene
 from mitune.shapes.truth import Truth
@@ -179,7 +180,7 @@ def _cases(category: str, count: int, truth: Truth, seed: int) -> Iterator[_Case
 
 def _encode(model: Model, scenes: Sequence[Scene]) -> Tensor:
     pictures = [picture(scene) for scene in scenes]
-    chunks = [encode_images(model.pipe, pictures[i : i + 64]) for i in range(0, len(pictures), 64)]
+    chunks = [encode_images(model.pipe, pictures[i : i + 64], model.call) for i in range(0, len(pictures), 64)]
     return torch.cat(chunks)
 
 

@@ -225,9 +225,10 @@ def generate(
 
     Example:  mitune generate "a red circle and a blue square" --model shapes-sd -o images
     """
-    from mitune.generate import Request, candidate_seed, decode, default_batch_size, generate_all
+    from mitune.generate import Request, candidate_seed, default_batch_size, generate_all
     from mitune.information import SCORES
     from mitune.models import load_model
+    from mitune.pictures import decode
     from mitune.store import write_image
 
     options = {"model.name": model, "model.guidance_scale": guidance_scale, "model.device": device}

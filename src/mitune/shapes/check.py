@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from scipy.stats import binomtest
 
 from mitune.contrast import told_apart
-from mitune.generate import Request, candidate_seed, decode, generate_all
+from mitune.generate import Request, candidate_seed, generate_all
 from mitune.metrics.judgment import shapes_metric
 from mitune.models import Model
 from mitune.negatives import shapes_negatives
-from mitune.scoring import encode_images
+from mitune.pictures import decode, encode_images
 from mitune.shapes.grammar import parse
 from mitune.shapes.prompts import prompt_list
 from mitune.shapes.scene import picture, sample_scene
@@ -87,7 +87,8 @@ def knows(
     """Of `scenes` rendered scenes, those whose prompt beats all its hard negatives; and the same by kind of those."""
     rng = random.Random(f"{seed} {category}")
     asked = [rng.choice(prompt_list(category)).text for _ in range(scenes)]
-    latents = encode_images(model.pipe, [picture(sample_scene(parse(text), rng)) for text in asked])
+    pictures = [picture(sample_scene(parse(text), rng)) for text in asked]
+    latents = encode_images(model.pipe, pictures, model.call)
     negatives = {text: shapes_negatives(text) for text in asked}
     rivals = {text: [negative.prompt for negative in some] for text, some in negatives.items()}
     told = told_apart(model, latents, asked, rivals, draws=DRAWS, seed=seed, batch_size=batch_size)

@@ -8,9 +8,10 @@ from textwrap import fill
 import numpy as np
 from matplotlib.figure import Figure
 
-from mitune.generate import Request, candidate_seed, decode, generate_all
+from mitune.generate import Request, candidate_seed, generate_all
 from mitune.metrics.judgment import Judgment, shapes_metric
 from mitune.models import Model
+from mitune.pictures import decode
 from mitune.shapes.grammar import CATEGORIES
 from mitune.shapes.prompts import prompt_list
 from mitune.store import write_figure
