@@ -37,9 +37,9 @@ def folder(tmp_path_factory):
 
 class TestFolders:
     def test_what_is_saved_is_opened(self, folder):
-        model = load_model(config_of(folder, guidance_scale=3.0, steps=4, call={"height": 16}))
+        model = load_model(config_of(folder, guidance_scale=3.0, steps=4, call={"height": 16, "width": 8}))
         assert torch.equal(weights(model.pipe), weights(tiny_sd()))
-        assert model.call == {"guidance_scale": 3.0, "num_inference_steps": 4, "height": 16}
+        assert model.call == {"guidance_scale": 3.0, "num_inference_steps": 4, "height": 16, "width": 8}
         assert (model.steps, model.guidance_scale) == (4, 3.0)
         defaults = load_model(config_of(folder))
         assert (defaults.steps, defaults.guidance_scale) == (50, 7.5)  # the pipeline's own

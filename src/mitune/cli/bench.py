@@ -11,11 +11,28 @@ from typer import Option
 
 from mitune.cli.boundary import Commands
 from mitune.cli.options import Assignments, Device, Guidance, RunFolder, Selection, say, settings_of, stage
+from mitune.config import ModelConfig
 from mitune.errors import MituneError
 
 app = typer.Typer(
     cls=Commands, no_args_is_help=True, help="Benchmarks: is the number right, and which score picks well?"
 )
+
+
+def _models(
+    names: list[str] | None,
+    scales: Sequence[float | None] | None,
+    device: str | None,
+    assignments: list[str] | None,
+    **others: object,
+) -> list[ModelConfig]:
+    """Each model at each guidance scale; at its own default where none is given."""
+    options = {f"model.{name}": value for name, value in {"device": device, **others}.items()}
+    return [
+        settings_of(None, None, assignments, options | {"model.name": name, "model.guidance_scale": scale}).model
+        for name in names or ["shapes-sd"]
+        for scale in scales or [None]
+    ]
 
 
 @app.command(name="mi")
@@ -37,8 +54,8 @@ def bench_mi(
     from mitune.bench.mi_tasks import TASKS
     from mitune.store import write_bytes
 
-    if not all(size.strip().isdigit() for size in n.split(",")):
-        raise MituneError(f"--n {n!r} needs whole numbers with commas between them, e.g. 1000,5000.")
+    if not all(size.strip().isdecimal() and int(size[:10]) >= 10 for size in n.split(",")):
+        raise MituneError(f"--n {n!r} needs whole numbers, at least 10, with commas between them, e.g. 1000,5000.")
     names = [name.strip() for name in estimators.split(",")]
     with stage("Estimating") as step:
         found = run_benchmark(
@@ -75,6 +92,7 @@ def bench_knows(
     images: Annotated[int, Option("--images", "-n", min=1, help="Samples a prompt.")] = 4,
     seed: Annotated[int, Option(help="Seed.")] = 0,
     device: Device = None,
+    assignments: Assignments = None,
     gains: Annotated[
         list[Path] | None,
         Option(help="images.parquet of `mitune bench tune`: is what it gained what was promised? Repeatable."),
@@ -91,7 +109,6 @@ def bench_knows(
     import pyarrow.parquet as pq
 
     from mitune.bench.knows import HEADER, knowledge, markdown, prediction
-    from mitune.bench.select import at_scales
     from mitune.metrics.judgment import shapes_metric
     from mitune.negatives import hard_negatives, load_negatives
     from mitune.prompts import load_prompts
@@ -101,7 +118,7 @@ def bench_knows(
     embedded = prompts.startswith("shapes:")
     with stage("Asking what is known") as step:
         found = knowledge(
-            at_scales(model or ["shapes-sd"], guidance_scale or [], device or "auto"),
+            _models(model, guidance_scale, device, assignments),
             load_prompts(prompts),
             run,
             negatives=lambda prompt: hard_negatives(prompt, own),
@@ -120,6 +137,7 @@ def bench_knows(
         words += [f"--guidance-scale {scale:g}" for scale in guidance_scale or []]
         words += [f"--negatives {negatives}"] if negatives is not None else []
         words += [f"--gains {file}" for file in gains or []]
+        words += [f"--set {assignment}" for assignment in assignments or []]
         command = " ".join(["mitune bench knows", *words, f"-p {prompts} --scenes {scenes} -n {images} --seed {seed}"])
         write_bytes(output, (HEADER.format(command=f"{command} -o {output}") + table).encode())
 
@@ -137,7 +155,8 @@ def bench_select(
     candidates: Annotated[int, Option("--candidates", "-M", min=2, help="Images made for each prompt (M).")] = 50,
     draws: Annotated[int, Option(min=2, help="Noise levels of the post-hoc scores; each costs 2 calls a prompt.")] = 8,
     seed: Annotated[int, Option(help="Seed of candidates and noise.")] = 0,
-    device: Annotated[str, Option(help="cpu, cuda, cuda:1, mps; auto takes the GPU if there is one.")] = "auto",
+    device: Device = None,
+    assignments: Assignments = None,
     run: RunFolder = Path("runs/select"),
 ) -> None:
     """Which score selects? Every score on the same candidates, held against the exact judge.
@@ -149,7 +168,7 @@ def bench_select(
     """
     import pyarrow.parquet as pq
 
-    from mitune.bench.select import SelectConfig, at_scales, run_study, some_of_each
+    from mitune.bench.select import SelectConfig, run_study, some_of_each
     from mitune.bench.select_tables import (
         SHOWN,
         gap_figure,
@@ -163,7 +182,7 @@ def bench_select(
     from mitune.store import write_bytes
 
     config = SelectConfig(candidates=candidates, draws=draws, seed=seed)
-    models = at_scales(model or ["shapes-sd"], guidance_scale or [], device)
+    models = _models(model, guidance_scale, device, assignments)
     with stage("Making and scoring candidates") as step:
         table = run_study(models, some_of_each(load_prompts(prompts), per_category), run, config, progress=step)
     result = summarize_study(pq.read_table(table))
@@ -221,7 +240,8 @@ def bench_race(
     per_category: Annotated[int, Option(min=1, help="Prompts of each category, at most.")] = 20,
     candidates: Annotated[int, Option("--candidates", "-M", min=8, help="Images made for each prompt (M).")] = 32,
     seed: Annotated[int, Option(help="Seed of the candidates.")] = 0,
-    device: Annotated[str, Option(help="cpu, cuda, cuda:1, mps; auto takes the GPU if there is one.")] = "auto",
+    device: Device = None,
+    assignments: Assignments = None,
     run: RunFolder = Path("runs/race"),
     output: Annotated[Path, Option("--output", "-o", help="Markdown.")] = Path("racing.md"),
 ) -> None:
@@ -231,21 +251,20 @@ def bench_race(
     """
     from mitune.bench.race import SCHEDULES, SHOWN, RaceConfig, budgets, markdown, outcome_of, page, run_study
     from mitune.bench.select import some_of_each
-    from mitune.config import ModelConfig
     from mitune.prompts import load_prompts
     from mitune.store import write_bytes
 
     names, listed = model or ["shapes-sd"], some_of_each(load_prompts(prompts), per_category)
     outcomes, studies = [], {}
-    for name in names:
-        settings = ModelConfig(name=name, steps=steps, guidance_scale=guidance_scale, device=device)
+    for name, settings in zip(names, _models(names, [guidance_scale], device, assignments, steps=steps), strict=True):
         with stage(f"Making candidates with {name}") as step:
             config = RaceConfig(candidates=candidates, seed=seed)
             runs = studies[Path(name).name] = run_study(settings, listed, run / Path(name).name, config, step)
         outcomes += [outcome_of(runs, Path(name).name, score, schedule) for score in SHOWN for schedule in SCHEDULES]
     scale = "" if guidance_scale is None else f" --guidance-scale {guidance_scale:g}"
     command = " ".join(
-        ["mitune bench race", *(f"-m {name}" for name in names), f"--steps {steps}{scale} -p {prompts}"]
+        ["mitune bench race", *(f"-m {name}" for name in names), *(f"--set {setting}" for setting in assignments or ())]
+        + [f"--steps {steps}{scale} -p {prompts}"]
         + [f"--per-category {per_category} -M {candidates} --seed {seed} --output {output}"]
     )
     write_bytes(output, page(markdown(outcomes, candidates, steps), budgets(studies), command).encode())
@@ -260,6 +279,8 @@ def bench_truth(
     scenes: Annotated[int, Option(min=2, help="Rendered scenes a category.")] = 40,
     draws: Annotated[int, Option(min=4, help="Noisings of each scene and prompt, a multiple of 4.")] = 64,
     seed: Annotated[int, Option(help="Seed of scenes and noise.")] = 0,
+    device: Device = None,
+    assignments: Assignments = None,
     output: Annotated[Path, Option("--output", "-o", help="Markdown; the plots go beside it.")] = Path("truth.md"),
 ) -> None:
     """Is the number right? Estimates on rendered scenes against the exact mutual information of the shapes world.
@@ -272,10 +293,11 @@ def bench_truth(
     from mitune.store import write_bytes
 
     names = model or ["shapes-sd"]
-    command = " ".join(["mitune bench truth", *(f"-m {name}" for name in names), f"--scenes {scenes} --draws {draws}"])
+    words = [*(f"-m {name}" for name in names), *(f"--set {setting}" for setting in assignments or ())]
+    command = " ".join(["mitune bench truth", *words, f"--scenes {scenes} --draws {draws}"])
     sections = [HEADER.format(command=f"{command} --seed {seed}")]
-    for name in names:
-        loaded = load_model(settings_of(None, None, None, {"model.name": name}).model)
+    for name, settings in zip(names, _models(names, None, device, assignments), strict=True):
+        loaded = load_model(settings)
         with stage(f"Estimating with {name}") as step:
             found = study(loaded, scenes=scenes, draws=draws, seed=seed, progress=step)
         figure = output.with_name(f"{output.stem}-{Path(name).name}.png")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+from rich.text import Text
 from typer import Argument, Option
 
 from mitune.cli.options import (
@@ -44,6 +45,8 @@ def demo(
     run: RunFolder = Path("runs/demo"),
     model: ModelName = None,
     candidates: Candidates = None,
+    device: Device = None,
+    assignments: Assignments = None,
 ) -> None:
     """The whole method on an embedded model, in a few minutes on a laptop.
 
@@ -52,8 +55,8 @@ def demo(
 
     Example:  mitune demo --model shapes-sd3 --run runs/demo-sd3
     """
-    config = settings_of("demo", None, None, {"model.name": model, "pool.candidates": candidates})
-    _tune(config, run)
+    options = {"model.name": model, "model.device": device, "pool.candidates": candidates}
+    _tune(settings_of("demo", None, assignments, options), run)
 
 
 @app.command()
@@ -98,7 +101,7 @@ def _tune(config: Config, run: Path) -> None:
 
     result = run_tune(config, run, stages=stage)
     if result.verdict is not None:
-        console.print(headline(run))
+        console.print(headline(run), soft_wrap=True)
     for name, folder in result.adapters.items():
         say(f"Adapter {name}", folder)
     say("Report", result.report)
@@ -139,7 +142,7 @@ def pool(
         "pool.candidates": candidates, "pool.keep": keep, "pool.select": select, "pool.seed": seed,
         "pool.race": _rungs(race),
     }  # fmt: skip
-    config = settings_of(preset, config_file, assignments, options)
+    config, part = settings_of(preset, config_file, assignments, options), _parse_shard(shard)
     loaded = load_model(config.model, adapter=adapter)
     texts = [listed.text for listed in load_prompts(config.prompts, loaded.pipe)]
     with stage("Making and scoring candidates") as step:
@@ -149,7 +152,7 @@ def pool(
             run / "pool",
             config.pool,
             metric=metric_for(config.model.name, texts),
-            shard=_parse_shard(shard),
+            shard=part,
             identity=model_identity(config.model, adapter),
             progress=step,
         )
@@ -166,9 +169,13 @@ def pool(
         console.print(f"{result.broken} of {result.candidates} candidates came out as NaN and were left out.")
 
 
+def _is_number(text: str) -> bool:
+    return text.isdecimal() and len(text) < 10
+
+
 def _parse_shard(text: str) -> tuple[int, int]:
     first, _, count = text.partition("/")
-    if not (first.isdigit() and count.isdigit() and 1 <= int(first) <= int(count)):
+    if not (_is_number(first) and _is_number(count) and 1 <= int(first) <= int(count)):
         raise MituneError(f"--shard {text!r} needs the form i/n with 1 <= i <= n, e.g. 2/4.")
     return int(first) - 1, int(count)
 
@@ -214,16 +221,23 @@ def train(
 def generate(
     prompts: Annotated[list[str], Argument(help="One or more prompts, in quotes.")],
     output: Annotated[Path, Option("--output", "-o", help="Folder for the pictures.")] = Path("images"),
+    preset: Preset = None,
+    config_file: ConfigFile = None,
     model: ModelName = None,
     adapter: Annotated[Path | None, Option(help="Adapter folder.")] = None,
     images: Annotated[int, Option("--images", "-n", min=1, help="Images a prompt.")] = 4,
     guidance_scale: Guidance = None,
     seed: Annotated[int, Option(help="Seed.")] = 0,
     device: Device = None,
+    assignments: Assignments = None,
 ) -> None:
     """Make images for prompts, and print the scores that come free with them.
 
-    Example:  mitune generate "a red circle and a blue square" --model shapes-sd -o images
+    Examples:
+
+    mitune generate "a red circle and a blue square" --model shapes-sd -o images
+
+    mitune generate "a lighthouse at dawn" --preset mi-tune-sd21 --adapter runs/sd21/round-1/adapters/mi-tune
     """
     from mitune.generate import Request, candidate_seed, default_batch_size, generate_all
     from mitune.information import SCORES
@@ -232,7 +246,7 @@ def generate(
     from mitune.store import write_image
 
     options = {"model.name": model, "model.guidance_scale": guidance_scale, "model.device": device}
-    config = settings_of(None, None, None, options)
+    config = settings_of(preset, config_file, assignments, options)
     loaded = load_model(config.model, adapter=adapter)
     batch_size = default_batch_size(loaded.pipe._execution_device)
     requests = [Request(prompt=p, seed=candidate_seed(seed, p, j)) for p in prompts for j in range(images)]
@@ -244,7 +258,7 @@ def generate(
                 file = output / f"{(done + row) // images + 1:03d}-{(done + row) % images + 1:03d}.png"
                 write_image(file, image)
                 values = "  ".join(f"{name} {values[row].item():.3f}" for name, values in shown.items())
-                console.print(f"{file}  {values}  {chunk[row].prompt}", markup=False)
+                console.print(Text(f"{file}  {values}  {chunk[row].prompt}"), soft_wrap=True)
             done += len(chunk)
             step(done, len(requests))
 
@@ -253,6 +267,8 @@ def generate(
 def score(
     image: Annotated[Path, Argument(exists=True, dir_okay=False, help="A picture.")],
     prompt: Annotated[str, Argument(help="The prompt to hold it against, in quotes.")],
+    preset: Preset = None,
+    config_file: ConfigFile = None,
     model: ModelName = None,
     adapter: Annotated[Path | None, Option(help="Adapter folder.")] = None,
     estimator: Annotated[
@@ -264,6 +280,7 @@ def score(
         Path | None, Option(help="Also save where in the picture the information lies, as a PNG.")
     ] = None,
     device: Device = None,
+    assignments: Assignments = None,
 ) -> None:
     """Point-wise mutual information between a picture and a prompt, in nats, with its standard error.
 
@@ -275,7 +292,7 @@ def score(
     from mitune.scoring import save_heat_map
     from mitune.scoring import score as score_images
 
-    config = settings_of(None, None, None, {"model.name": model, "model.device": device})
+    config = settings_of(preset, config_file, assignments, {"model.name": model, "model.device": device})
     loaded = load_model(config.model, adapter=adapter)
     picture = Image.open(image).convert("RGB")
     result = score_images(
@@ -294,16 +311,17 @@ def evaluate(
     guidance: Annotated[
         list[float] | None, Option(help="Also judge the base at this guidance scale. Repeatable.")
     ] = None,
+    device: Device = None,
+    assignments: Assignments = None,
 ) -> None:
     """Judge base and tuned models of a run on held-out prompts: same prompts, same seeds, paired intervals.
 
     Example:  mitune eval runs/demo --images 8 --guidance 1.5 --guidance 3 --guidance 4
     """
     from mitune.report.build import build_report, headline
-    from mitune.settings import from_mapping, read_yaml
     from mitune.tuning import judge_run
 
-    config = from_mapping(read_yaml(run / "config.yaml"))
+    config = settings_of(None, run / "config.yaml", assignments, {"model.device": device})
     judged = replace(
         config.eval,
         images=images or config.eval.images,
@@ -311,7 +329,7 @@ def evaluate(
     )
     source = prompts or config.eval_prompts or "shapes:heldout"
     judge_run(replace(config, eval=judged, eval_prompts=source), run, stages=stage)
-    console.print(headline(run))
+    console.print(headline(run), soft_wrap=True)
     say("Report", build_report(run))
 
 

@@ -26,10 +26,17 @@ from mitune.settings import PRESETS, resolve
 
 console = Console(stderr=True)
 
-Preset = Annotated[str | None, Option(help=f"Settings by name: {', '.join(PRESETS)}.")]
-ConfigFile = Annotated[Path | None, Option("--config", exists=True, dir_okay=False, help="YAML file of settings.")]
+MODELS = ", ".join(f"{name} ({preset['model']['name']})" for name, preset in PRESETS.items())
+Preset = Annotated[
+    str | None,
+    Option(
+        help=f"Settings and a model by name: {MODELS}; of the last, accept the terms on the hub, and `hf auth login`."
+    ),
+]
+ConfigFile = Annotated[Path | None, Option("--config", help="YAML file of settings, e.g. a run's config.yaml.")]
 Assignments = Annotated[
-    list[str] | None, Option("--set", metavar="KEY=VALUE", help="Any setting, e.g. --set finetune.rank=16. Repeatable.")
+    list[str] | None,
+    Option("--set", metavar="KEY=VALUE", help="Any setting, e.g. --set model.variant=fp16. Repeatable."),
 ]
 ModelName = Annotated[
     str | None, Option("--model", "-m", help="Hub id, diffusers folder, or an embedded model: shapes-sd, shapes-sd3.")

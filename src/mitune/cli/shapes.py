@@ -9,7 +9,7 @@ import typer
 from typer import Argument, Option
 
 from mitune.cli.boundary import Commands
-from mitune.cli.options import Guidance, settings_of, stage
+from mitune.cli.options import Assignments, Device, Guidance, settings_of, stage
 from mitune.errors import MituneError
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, help="The embedded shapes world: its models, prompts and judge.")
@@ -38,6 +38,8 @@ def shapes_check(
     images: Annotated[int, Option(min=1, help="Samples a held-out prompt, for what it shows.")] = 4,
     guidance_scale: Guidance = None,
     category: Annotated[list[str] | None, Option(help="Only this category. Repeatable.")] = None,
+    device: Device = None,
+    assignments: Assignments = None,
     output: Annotated[Path | None, Option("--output", "-o", help="Also write the table here, as Markdown.")] = None,
 ) -> None:
     """What a model knows (prompt against its hard negatives, on rendered scenes) and what it shows (its samples).
@@ -52,9 +54,8 @@ def shapes_check(
     unknown = set(category or ()) - set(CATEGORIES)
     if unknown:
         raise MituneError(f"Unknown category {min(unknown)!r}; choose from {', '.join(CATEGORIES)}.")
-    loaded = load_model(
-        settings_of(None, None, None, {"model.name": model, "model.guidance_scale": guidance_scale}).model
-    )
+    options = {"model.name": model, "model.guidance_scale": guidance_scale, "model.device": device}
+    loaded = load_model(settings_of(None, None, assignments, options).model)
     checks = []
     wanted = category or list(CATEGORIES)
     with stage(f"Checking {model}") as step:
@@ -74,6 +75,8 @@ def shapes_figure(
     model: Annotated[str, Option("--model", "-m", help="An embedded model.")] = "shapes-sd",
     images: Annotated[int, Option("--images", "-n", min=1, help="Samples a prompt.")] = 8,
     seed: Annotated[int, Option(help="Seed.")] = 0,
+    device: Device = None,
+    assignments: Assignments = None,
 ) -> None:
     """A grid of prompts and samples, each framed by the judge's verdict.
 
@@ -82,7 +85,7 @@ def shapes_figure(
     from mitune.models import load_model
     from mitune.shapes.figure import save_grid
 
-    loaded = load_model(settings_of(None, None, None, {"model.name": model}).model)
+    loaded = load_model(settings_of(None, None, assignments, {"model.name": model, "model.device": device}).model)
     save_grid(loaded, output, images=images, seed=seed)
 
 
