@@ -34,9 +34,7 @@ def test_names(kind, call, sentence):
 
 
 def test_what_a_pipeline_takes():
-    check_call(
-        StableDiffusion3Pipeline, {"height": 512, "width": 768, "max_sequence_length": 256, "negative_prompt_2": "grey"}
-    )
+    check_call(StableDiffusion3Pipeline, {"height": 512, "width": 768, "max_sequence_length": 256, "prompt_2": "grey"})
 
 
 @pytest.mark.parametrize(
