@@ -9,6 +9,7 @@ import math
 
 import pytest
 import torch
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from scipy.special import lambertw
 from torch import Tensor
 
@@ -29,7 +30,9 @@ from mitune.information import (
     point_wise_draws,
     point_wise_terms,
     true_noise,
+    velocity_difference,
 )
+from mitune.path import path_of
 
 RHO = 0.8
 V = 1 - RHO**2
@@ -52,6 +55,7 @@ def expected_trace(log_snr: Tensor, *, is_flow: bool, timestep: Tensor, beta: Te
         timestep=timestep,
         beta=beta,
         difference=difference[None],
+        difference_velocity=difference[None] / alpha_sigma(log_snr, is_flow=is_flow)[0] ** 2,
         dot_conditional=dot[None],
         dot_guided=dot[None],
         error_conditional=conditional[None],
@@ -77,6 +81,95 @@ def flow_trace() -> Trace:
     trace = expected_trace(log_snr, is_flow=True, timestep=1000 * sigma, beta=torch.full_like(sigma, math.nan))
     trace.dot_conditional[:, 0] = trace.dot_guided[:, 0] = 1.0  # finite at pure noise, as measured ones are
     return trace
+
+
+SCHEDULES = {  # (scheduler, steps): name
+    (DDIMScheduler(rescale_betas_zero_snr=True, timestep_spacing="trailing"), 50): "zero terminal SNR",
+    (DDIMScheduler(rescale_betas_zero_snr=True, timestep_spacing="trailing"), 2): "zero terminal SNR, 2 steps",
+    (DDIMScheduler(num_train_timesteps=500), 20): "T = 500",
+    (DDIMScheduler(num_train_timesteps=2000), 20): "T = 2000",
+    (DDIMScheduler(num_train_timesteps=40), 10): "T = 40, no t > 50",
+    **{(DDIMScheduler(), n): f"{n} steps" for n in (1, 2, 3, 4)},
+    **{(FlowMatchEulerDiscreteScheduler(shift=3.0), n): f"flow, {n} steps" for n in (1, 2, 3, 4, 28)},
+    (FlowMatchEulerDiscreteScheduler(shift=0.02), 12): "flow, nearly all truncated",
+    (FlowMatchEulerDiscreteScheduler(shift=0.3), 9): "flow, the last fifth truncated",
+}
+
+
+def random_trace(scheduler, steps: int) -> Trace:
+    """Two candidates with terms between 1 and 2 at each of the scheduler's steps."""
+    scheduler.set_timesteps(steps)
+    path = path_of(scheduler)
+    timestep, log_snr = path.at_steps(path.steps)
+    terms = 1 + torch.rand(6, 2, len(timestep), generator=torch.Generator().manual_seed(0))
+    names = ("difference", "difference_velocity", "dot_conditional", "dot_guided", "error_conditional", "error_null")
+    return Trace(
+        log_snr=log_snr,
+        timestep=timestep,
+        beta=path.beta(timestep),
+        dimensions=3,
+        is_flow=path.is_flow,
+        training_steps=path.training_steps,
+        planned_steps=len(timestep),
+        **dict(zip(names, terms, strict=True)),
+    )
+
+
+def literal(name: str, trace: Trace, candidate: int) -> float | None:
+    """A score step by step, as its formula says; None where a term or the sum has no value."""
+    levels = trace.log_snr.double().tolist()
+    sigma = [1 / (1 + math.exp(level / 2)) if level > -math.inf else 1.0 for level in levels]  # flow time of λ
+    alpha_bar = [1 / (1 + math.exp(-level)) if level > -math.inf else 0.0 for level in levels]
+    times, beta = trace.timestep.tolist(), trace.beta.tolist()
+    term = {n: getattr(trace, n)[candidate].tolist() for n in ("difference", "difference_velocity", "dot_conditional")}
+    term |= {n: getattr(trace, n)[candidate].tolist() for n in ("dot_guided", "error_conditional", "error_null")}
+    steps = range(len(levels))
+    kept = [i for i in steps if sigma[i] > 0.05]
+    inner = [i for i in kept if sigma[i] < 1]
+
+    def mean(values: list[float]) -> float | None:
+        return sum(values) / len(values) if values and all(map(math.isfinite, values)) else None
+
+    def trapezoid(x: list[float], y: list[float]) -> float | None:
+        pairs = range(len(x) - 1)
+        return sum((y[i] + y[i + 1]) / 2 * (x[i + 1] - x[i]) for i in pairs) if len(x) > 1 else None
+
+    def kappa(i: int) -> float:
+        return beta[i] * trace.training_steps / (2 * (1 - alpha_bar[i]))
+
+    def scores(indices: list[int]) -> list[float]:
+        variance = [sigma[i] ** 2 if trace.is_flow else 1 - alpha_bar[i] for i in steps]
+        return [term["difference"][i] / variance[i] for i in indices]
+
+    if name == "mi-tune":
+        return trapezoid([levels[i] for i in inner], [term["difference"][i] / 2 for i in inner])
+    if name == "log-likelihood-ratio":
+        gaps = [(term["error_null"][i] - term["error_conditional"][i]) / 2 for i in inner]
+        return trapezoid([levels[i] for i in inner], gaps)
+    if name == "mi-tune-discrete":
+        return mean([kappa(i) / (1 - beta[i]) * term["difference"][i] if beta[i] != 1 else math.nan for i in steps])
+    if name == "mi-tune-release":
+        return mean([kappa(i) * term["difference"][i] for i in steps if times[i] > 50])
+    if name == "mi-tune-release-v":
+        return mean([kappa(i) * term["difference_velocity"][i] for i in steps if times[i] > 50])
+    if name == "rfmi":
+        return trapezoid(
+            [1 - sigma[i] for i in kept], [(1 - sigma[i]) / sigma[i] * term["dot_conditional"][i] for i in kept]
+        )
+    if name == "rfmi-squared":  # ‖Δu‖² = ‖Δε‖²/t², so t/(1−t) ‖Δu‖² vanishes with t for any prompt that has a limit
+        squares = [term["difference"][i] / ((1 - sigma[i]) * sigma[i]) if sigma[i] < 1 else 0.0 for i in kept]
+        return trapezoid([1 - sigma[i] for i in kept], squares)
+    if name == "rfmi-release":
+        return mean([(1 - sigma[i]) / sigma[i] * term["dot_guided"][i] for i in inner])
+    fifth = math.ceil(len(levels) / 5)
+    if name == "early":
+        return sum(scores(list(steps)[:fifth]))
+    if name == "late":
+        last = [i for i in inner if i >= len(levels) - fifth]
+        return sum(scores(last)) if last else None
+    half = [i for i in inner if i >= len(levels) - len(levels) // 2] if name.endswith("late") else inner
+    error = mean([term["error_conditional"][i] for i in half])
+    return None if error is None else -error / 3
 
 
 END = 2 * math.log((1 - TRUNCATION) / TRUNCATION)  # λ ≈ 5.9, where all integrals stop
@@ -111,9 +204,9 @@ class TestQuadrature:
         trace = vp_trace()
         ratios = []
         for name in ("mi-tune-release-v", "mi-tune-release"):
-            first = trace.difference.clone()
-            first[:, 1:] = 0
-            changed = Trace.from_columns(trace.to_columns() | {"difference": first.tolist()})
+            names = ("difference", "difference_velocity")
+            first = {n: (getattr(trace, n) * (trace.timestep == 999)).tolist() for n in names}
+            changed = Trace.from_columns(trace.to_columns() | first)
             ratios.append(get_score(name)(changed).item())
         assert ratios[0] / ratios[1] == pytest.approx(215, abs=1)
 
@@ -178,6 +271,25 @@ class TestScores:
 
     def test_scores_of_diffusion_schedules_do_not_exist_for_flow(self):
         assert get_score("mi-tune-release")(flow_trace()).isnan().item()
+        with pytest.raises(MituneError, match=r"'mi-tune-release' needs a β_t \(no flow path\) .* the 1000 steps of"):
+            get_score("mi-tune-release").check(flow_trace())
+
+    @pytest.mark.parametrize("schedule", SCHEDULES, ids=SCHEDULES.get)
+    def test_every_score_is_its_literal_form_or_refused(self, schedule):
+        """On odd schedules, too: the sums written out step by step have a value exactly where `check` lets it pass."""
+        trace = random_trace(*schedule)
+        refused = set()
+        for name, score in SCORES.items():
+            expected = [literal(name, trace, candidate) for candidate in range(len(trace))]
+            if None in expected:
+                refused.add(name)
+                assert score(trace).isnan().all(), name
+                with pytest.raises(MituneError, match=f"'{name}' needs .*; take another score, or other steps"):
+                    score.check(trace)
+            else:
+                score.check(trace)
+                assert score(trace).tolist() == pytest.approx(expected, rel=1e-4), name
+        assert len(refused) < len(SCORES)
 
 
 class TestTrace:
@@ -235,6 +347,7 @@ class TestPredictions:
         alpha, sigma = alpha_sigma(torch.tensor(0.7), is_flow=is_flow)
         a, b = (epsilon_and_sample(o, noisy, alpha, sigma, predicts, is_flow=is_flow)[0] for o in (one, other))
         torch.testing.assert_close(epsilon_difference(one - other, alpha, sigma, predicts), a - b)
+        torch.testing.assert_close(velocity_difference(one - other, alpha, sigma, predicts), (a - b) / alpha)
 
     def test_ends_of_the_path(self):
         ends = torch.tensor([-math.inf, math.inf])

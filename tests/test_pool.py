@@ -161,6 +161,16 @@ def test_other_settings_are_refused(model, tmp_path):
         build_pool(model, PROMPTS[:2], tmp_path / "pool", CONFIG)
 
 
+def test_a_score_without_a_value_at_these_steps_is_refused_at_the_first(model, tmp_path, monkeypatch):
+    """Flow models have no β_t, and of DDIM's 4 steps the last is truncated. No latents are made."""
+    name = {"tiny-sd": "late", "tiny-sd3": "mi-tune-discrete"}[model.name]
+    chosen = replace(CONFIG, select=("self-confidence", name))
+    with monkeypatch.context() as patch, pytest.raises(MituneError, match=f"'{name}' needs .* the 4 steps of this run"):
+        patch.setattr(type(model.pipe.scheduler), "step", lambda *_, **__: pytest.fail("a step was made"))
+        build_pool(model, PROMPTS, tmp_path / "pool", chosen)
+    assert not list((tmp_path / "pool").rglob("*.safetensors"))
+
+
 def test_oracle_needs_a_judge(model, tmp_path):
     with pytest.raises(MituneError, match="no judge"):
         build_pool(model, PROMPTS, tmp_path / "pool", replace(CONFIG, select=("oracle",)))

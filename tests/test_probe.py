@@ -205,6 +205,29 @@ def name_of(scheduler):
     return f"{type(scheduler).__name__}-{scheduler.config.get('prediction_type', 'flow')}"
 
 
+@pytest.mark.parametrize("steps", [2, 50])
+def test_v_models_of_zero_terminal_snr_score_as_published(steps):
+    """β_t T/(2(1−ᾱ_t)) ‖Δv‖², of the network's own outputs, at t = 999 too, where the schedule holds no signal."""
+    pipe = tiny_sd(prediction_type="v_prediction")
+    odd = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, **odd)
+    outputs = []
+    handle = pipe.unet.register_forward_hook(lambda _m, _a, output: outputs.append(output[0].double()))
+    latents, probe = watch(pipe, num_inference_steps=steps)
+    handle.remove()
+    scheduler, terms = pipe.scheduler, []
+    for t, output in zip(scheduler.timesteps, outputs, strict=True):
+        null, conditional = output.chunk(2)
+        weight = scheduler.betas[t] * len(scheduler.betas) / (2 * (1 - scheduler.alphas_cumprod[t]))
+        if t > 50:
+            terms.append(weight * ((conditional - null) ** 2).sum(dim=(1, 2, 3)))
+    trace = probe.trace(latents)
+    assert scheduler.timesteps[0] == 999 and trace.log_snr[0] == -math.inf
+    score = get_score("mi-tune-release-v")
+    score.check(trace)
+    assert score(trace).tolist() == pytest.approx(torch.stack(terms).mean(dim=0).tolist(), rel=1e-5)
+
+
 class TestGaussianPair:
     """x ~ N(0, 1), corr(x, y) = ρ = 0.8: I(x; y) = −½ ln(1 − ρ²) = 0.511 nats, whatever the network predicts."""
 

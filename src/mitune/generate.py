@@ -19,7 +19,7 @@ from torch import Tensor
 from mitune.batches import constant_batches, texts_encoded_once
 from mitune.calls import calling
 from mitune.conditioning import stack
-from mitune.information import Trace
+from mitune.information import SCORES, Trace
 from mitune.models import Model, prompted
 from mitune.probe import MIProbe
 from mitune.racing import Race
@@ -112,18 +112,27 @@ def default_batch_size(device: torch.device) -> int:
 
 
 def generate_all(
-    model: Model, requests: Sequence[Request], batch_size: int, race: Race | None = None
+    model: Model, requests: Sequence[Request], batch_size: int, race: Race | None = None, scores: Sequence[str] = ()
 ) -> Iterator[tuple[Sequence[Request], Batch]]:
     """Runs of requests with what came of them, in order. Out of memory halves the batch from there on.
 
-    With a race, the requests are all candidates of one prompt, then all of another, and so on.
+    With a race, the requests are all candidates of one prompt, then all of another, and so on. Raises MituneError at
+    the first denoising step if one of these on-line `scores` has no value at the steps of such a run.
     """
+
+    def on_step(probe: MIProbe) -> None:
+        if probe.steps == 1:
+            for name in scores:
+                SCORES[name].check(probe.planned())
+        if race is not None:
+            race.drop(probe)
+
     start = 0
     while start < len(requests):
         together = race.candidates * race.prompts_together(model.steps, batch_size) if race else batch_size
         chunk = requests[start : start + together]
         try:
-            batch = generate(model, chunk, batch_size, race.drop if race else None)
+            batch = generate(model, chunk, batch_size, on_step)
         except torch.OutOfMemoryError:
             if batch_size == 1:
                 raise

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from types import MappingProxyType
 from typing import Any, Literal, Protocol
 
@@ -43,6 +43,12 @@ def epsilon_difference(delta: Tensor, alpha: Tensor, sigma: Tensor, predicts: Pr
     # z cancels. The factor α serves v = αε − σz₀ (VP) and v = ε − z₀ (flow) alike.
     factor = {"epsilon": torch.ones_like(alpha), "velocity": alpha, "sample": -alpha / sigma}
     return factor[predicts] * delta  # path.py has refused any other prediction type
+
+
+def velocity_difference(delta: Tensor, alpha: Tensor, sigma: Tensor, predicts: Predicts) -> Tensor:
+    """Δv = Δε/α likewise, of v = α ε − σ z₀ (VP) or ε − z₀ (flow). At α = 0 an ε-network says nothing of it."""
+    factor = {"epsilon": 1 / alpha, "velocity": torch.ones_like(alpha), "sample": -1 / sigma}
+    return factor[predicts] * delta
 
 
 def epsilon_and_sample(
@@ -109,12 +115,14 @@ class Trace:
     timestep: Tensor  # (T,) the scheduler's
     beta: Tensor  # (T,) β_t of the training schedule; NaN for flow
     difference: Tensor  # (B, T) ‖Δε‖²
+    difference_velocity: Tensor  # (B, T) ‖Δv‖² = ‖Δε‖²/α²; a v-network has it at pure noise, too
     dot_conditional: Tensor  # (B, T) u·(u − u_∅), u the flow velocity with the prompt
     dot_guided: Tensor  # (B, T) the same with the guided velocity for u
     error_conditional: Tensor  # (B, T) ‖ε̂(z | p) − ε‖², ε the trajectory's own noise
     error_null: Tensor  # (B, T) ‖ε̂(z | ∅) − ε‖²
     dimensions: int  # of z₀
     is_flow: bool
+    training_steps: int = 1000  # T of the training schedule
     planned_steps: int | None = None  # of the whole run, where the trace is of its beginning
 
     def __len__(self) -> int:
@@ -161,7 +169,14 @@ class Trace:
         return [(field.name, getattr(self, field.name)) for field in fields(self)]
 
 
-_PER_CANDIDATE = ("difference", "dot_conditional", "dot_guided", "error_conditional", "error_null")
+_PER_CANDIDATE = (
+    "difference",
+    "difference_velocity",
+    "dot_conditional",
+    "dot_guided",
+    "error_conditional",
+    "error_null",
+)
 _TENSORS = ("log_snr", "timestep", "beta", *_PER_CANDIDATE)
 
 
@@ -175,7 +190,6 @@ def _same(row: Any, other: Any) -> bool:
 # t_ε of RFMI, with the value of its published code: steps at flow times s = σ/(α + σ) up to it, λ > 5.9, are left out.
 # There, a network's error counts most and the prompt least, and a sampler's last step makes z₀ out of ε̂ itself.
 TRUNCATION = 0.05
-TRAINING_STEPS = 1000  # T of eq. (2)
 EARLY = 0.2  # share of the steps; 10 of 50 in CFG-Rejection
 
 
@@ -220,7 +234,7 @@ def _mi_tune(trace: Trace) -> Tensor:
 
 def _kappa(trace: Trace) -> Tensor:
     """κ_t of eq. (2) without its α_t, as in the published code: β_t T / (2 (1 − ᾱ_t)), (T,)."""
-    return trace.beta * TRAINING_STEPS / (2 * torch.sigmoid(-trace.log_snr))
+    return trace.beta * trace.training_steps / (2 * torch.sigmoid(-trace.log_snr))
 
 
 def _mi_tune_discrete(trace: Trace) -> Tensor:
@@ -232,8 +246,7 @@ def _mi_tune_release(trace: Trace) -> Tensor:
 
 
 def _mi_tune_release_v(trace: Trace) -> Tensor:
-    delta_v = trace.difference / torch.sigmoid(trace.log_snr)
-    return _mean(_kappa(trace) * delta_v, (trace.timestep > 50) & trace.log_snr.isfinite())
+    return _mean(_kappa(trace) * trace.difference_velocity, trace.timestep > 50)
 
 
 def _rfmi(trace: Trace) -> Tensor:
@@ -265,7 +278,7 @@ def _early(trace: Trace) -> Tensor:
 
 def _late(trace: Trace) -> Tensor:
     kept = _finite(trace) & _last(trace, _fifth(trace))
-    return _score_differences(trace)[:, kept].sum(dim=1)
+    return _mean(_score_differences(trace), kept) * kept.sum()
 
 
 def _last(trace: Trace, steps: int) -> Tensor:
@@ -294,51 +307,126 @@ class Score:
     formula: str
     source: str
     unit: str
+    needs: str  # of a run's steps, to have a value at all
     function: Callable[[Trace], Tensor]
 
     def __call__(self, trace: Trace) -> Tensor:
-        """(B,), float32. A candidate with a term that is not finite has the score NaN."""
+        """(B,), float32. A candidate with a term that is not finite has the score NaN, as all have without `needs`."""
         value = self.function(trace).float()
         return torch.where(value.isfinite(), value, math.nan)
+
+    def check(self, trace: Trace) -> None:
+        """Raises MituneError where the steps of this trace can give no value, whatever their terms are."""
+        ones = {name: torch.ones(1, len(trace.log_snr)) for name in _PER_CANDIDATE}
+        if not self(replace(trace, **ones)).isfinite().item():
+            kind = "a flow path" if trace.is_flow else "a diffusion path"
+            raise MituneError(
+                f"The score {self.name!r} needs {self.needs}, which the {len(trace.log_snr)} steps of this run on "
+                f"{kind} with {trace.training_steps} training steps have not; take another score, or other steps."
+            )
 
 
 _MI_TUNE, _MI_TUNE_CODE = "MI-TUNE (arXiv 2405.20759)", "MI-TUNE's published code"
 _RFMI, _RFMI_CODE = "RFMI (arXiv 2503.14358)", "RFMI's published code"
+_OWN_NOISE = "on the trajectory's own noise"
+_KEPT = "short of pure noise with σ/(α + σ) > 0.05"
 _ALL_SCORES = (
-    Score("mi-tune", "½ ∫ ‖Δε‖² dλ", f"{_MI_TUNE}, eq. (2), with ½ dλ for κ_t dt", "nats", _mi_tune),
-    Score("mi-tune-discrete", "mean of κ_t ‖Δε‖²", f"{_MI_TUNE}, eq. (2) to the letter", "nats", _mi_tune_discrete),
-    Score("mi-tune-release", "mean of β_t T/(2(1−ᾱ_t)) ‖Δε‖², t > 50", _MI_TUNE_CODE, "nats", _mi_tune_release),
+    Score(
+        "mi-tune",
+        "½ ∫ ‖Δε‖² dλ",
+        f"{_MI_TUNE}, eq. (2), with ½ dλ for κ_t dt",
+        "nats",
+        f"two steps {_KEPT}",
+        _mi_tune,
+    ),
+    Score(
+        "mi-tune-discrete",
+        "mean of κ_t ‖Δε‖²",
+        f"{_MI_TUNE}, eq. (2) to the letter",
+        "nats",
+        "a β_t < 1 at every step (no flow path, and no zero terminal SNR: κ_t divides by α_t = 1 − β_t)",
+        _mi_tune_discrete,
+    ),
+    Score(
+        "mi-tune-release",
+        "mean of β_t T/(2(1−ᾱ_t)) ‖Δε‖², t > 50",
+        _MI_TUNE_CODE,
+        "nats",
+        "a β_t (no flow path) and a step at t > 50",
+        _mi_tune_release,
+    ),
     Score(
         "mi-tune-release-v",
         "mean of β_t T/(2(1−ᾱ_t)) ‖Δv‖², t > 50",
         f"{_MI_TUNE_CODE}, as it scores v-models",
         "nats/ᾱ",
+        "a β_t (no flow path) and a step at t > 50",
         _mi_tune_release_v,
     ),
-    Score("rfmi", "∫ t/(1−t) u·(u − u_∅) dt, t ≤ 0.95", f"{_RFMI}, Prop. 3.2", "nats", _rfmi),
-    Score("rfmi-squared", "∫ t/(1−t) ‖u − u_∅‖² dt, t ≤ 0.95", f"same expectation as {_RFMI}", "nats", _rfmi_squared),
-    Score("rfmi-release", "mean of t/(1−t) u_g·(u_g − u_∅), u_g guided", _RFMI_CODE, "nats", _rfmi_release),
-    Score("early", "Σ ‖s_p − s_∅‖² over the first 20 % of steps", "CFG-Rejection (arXiv 2505.23343)", "", _early),
-    Score("late", "Σ ‖s_p − s_∅‖² over the last 20 % of steps", "control for early", "", _late),
+    Score(
+        "rfmi",
+        "∫ t/(1−t) u·(u − u_∅) dt, t ≤ 0.95",
+        f"{_RFMI}, Prop. 3.2",
+        "nats",
+        "two steps with σ/(α + σ) > 0.05",
+        _rfmi,
+    ),
+    Score(
+        "rfmi-squared",
+        "∫ t/(1−t) ‖u − u_∅‖² dt, t ≤ 0.95",
+        f"same expectation as {_RFMI}",
+        "nats",
+        "two steps with σ/(α + σ) > 0.05",
+        _rfmi_squared,
+    ),
+    Score(
+        "rfmi-release",
+        "mean of t/(1−t) u_g·(u_g − u_∅), u_g guided",
+        _RFMI_CODE,
+        "nats",
+        f"a step {_KEPT}",
+        _rfmi_release,
+    ),
+    Score(
+        "early",
+        "Σ ‖s_p − s_∅‖² over the first 20 % of steps",
+        "CFG-Rejection (arXiv 2505.23343)",
+        "",
+        "a step",
+        _early,
+    ),
+    Score(
+        "late",
+        "Σ ‖s_p − s_∅‖² over the last 20 % of steps",
+        "control for early",
+        "",
+        f"among the last 20 % a step {_KEPT}",
+        _late,
+    ),
     Score(
         "self-confidence",
         "−mean of ‖ε̂_p − ε‖²/d",
-        "after SOLACE (arXiv 2603.00918), on the trajectory's own noise",
+        f"after SOLACE (arXiv 2603.00918), {_OWN_NOISE}",
         "per dimension",
+        f"a step {_KEPT}",
         _self_confidence,
     ),
     Score(
         "self-confidence-late",
         "−mean of ‖ε̂_p − ε‖²/d over the second half of the steps",
-        "after SOLACE (arXiv 2603.00918), on the trajectory's own noise",
+        f"after SOLACE (arXiv 2603.00918), {_OWN_NOISE}",
         "per dimension",
+        f"in the second half a step {_KEPT}",
         _self_confidence_late,
     ),
+    # No nats: the "noise" that a sampler without noise of its own leaves in z is a function of z₀, so these are not the
+    # errors of a denoiser on noise that is independent of z₀. Their sum depends on the sampler and its steps.
     Score(
         "log-likelihood-ratio",
         "½ ∫ ‖ε̂_∅ − ε‖² − ‖ε̂_p − ε‖² dλ",
-        "ITD's standard estimator, on the trajectory's own noise",
-        "nats",
+        f"the form of ITD's standard estimator, {_OWN_NOISE}, which is not independent of z₀: a score, not nats",
+        "",
+        f"two steps {_KEPT}",
         _log_likelihood_ratio,
     ),
 )

@@ -175,4 +175,5 @@ def _vp_log_snr(alphas_cumprod: Tensor) -> Tensor:
 
 
 def _flow_log_snr(sigma: Tensor) -> Tensor:
+    sigma = sigma.clamp(max=1)  # a shifted σ of 1 may be rounded up
     return 2 * (torch.log1p(-sigma) - sigma.log())

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mitune.assembly import SHOWN_PROMPTS, TABLE, Assembly
 from mitune.config import PoolConfig
-from mitune.contrast import FIRST_STAGES, POST_HOC, post_hoc, rivals_of
+from mitune.contrast import COMBINATIONS, FIRST_STAGES, POST_HOC, post_hoc, rivals_of
 from mitune.denoiser import denoiser_of, rows_counted
 from mitune.errors import MituneError
 from mitune.generate import Batch, Request, candidate_seed, default_batch_size, generate_all
@@ -71,8 +71,9 @@ def build_pool(
     `shard` = (i, n) makes every n-th prompt alone, from the i-th on, so that n processes can share a folder; whoever
     finds all records present writes the sets, as does each later call where files of a set are missing or damaged.
     `identity` is `model_identity` of the model; without it, the weights in memory are asked.
-    Raises MituneError for an unknown selection, one that a race would starve, an oracle without a metric, a folder of
-    other settings or of another process, something else in the place of a set, or a model that makes nothing but NaN.
+    Raises MituneError for an unknown selection, one that a race would starve, one without a value at the run's
+    steps, an oracle without a metric, a folder of other settings or of another process, something else in the place of
+    a set, or a model that makes nothing but NaN.
     """
     rules = [parse_rule(text, [*SCORES, *POST_HOC]) for text in config.select]
     if metric is None and any(rule.by == ORACLE for rule in rules):
@@ -192,7 +193,7 @@ class _Pool:
         total, done = len(mine) * count, (len(mine) - len(todo)) * count
         requests = [self.request(index, candidate) for index in todo for candidate in range(count)]
         current, left = _Candidates(), len(todo)
-        for chunk, batch in generate_all(self.model, requests, self.batch_size.value, race):
+        for chunk, batch in generate_all(self.model, requests, self.batch_size.value, race, self.online):
             self.batch_size.note(batch.batch_size)
             for row in range(len(chunk)):
                 current.add(batch, row)
@@ -255,6 +256,12 @@ class _Pool:
         tensors |= {f"conditioning.{name}": tensor for name, tensor in candidates.conditioning.items()}
         self.records.write(index, pa.table({name: pa.array(values) for name, values in columns.items()}), tensors)
         return further
+
+    @property
+    def online(self) -> list[str]:
+        """The on-line scores that rules go by, alone or together with a contrast."""
+        names = [COMBINATIONS[rule.by].free if rule.by in COMBINATIONS else rule.by for rule in self.rules]
+        return [name for name in names if name in SCORES]
 
     @property
     def post_hoc_names(self) -> list[str]:

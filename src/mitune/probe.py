@@ -24,7 +24,14 @@ from mitune.batches import Rows, prediction, skips_layers
 from mitune.conditioning import flatten
 from mitune.denoiser import Family, as_tensor, denoiser_of, family_of
 from mitune.errors import GuidanceError, MituneError
-from mitune.information import Trace, alpha_sigma, epsilon_and_sample, epsilon_difference, true_noise
+from mitune.information import (
+    Trace,
+    alpha_sigma,
+    epsilon_and_sample,
+    epsilon_difference,
+    true_noise,
+    velocity_difference,
+)
 from mitune.path import NoisePath, path_of
 
 _TRUE_SCALE = "true_cfg_scale"  # what pipelines of guidance-distilled models call the scale of true guidance
@@ -193,6 +200,12 @@ class MIProbe:
         _, log_snr = _levels(steps, path, self._family)
         return _trace(steps, _predicted_latents(steps[-1], log_snr[-1], path), path, self._family)
 
+    def planned(self) -> Trace:
+        """All steps that the scheduler is set to, with the terms of no candidate: what `Score.check` asks for."""
+        path = path_of(self.pipe.scheduler)
+        timestep, log_snr = path.at_steps(path.steps)
+        return _trace_of(torch.empty(len(_TERMS), 0, len(path.steps)), timestep, log_snr, path, dimensions=1)
+
     @property
     def planned_steps(self) -> int:
         """Denoising steps of the whole run."""
@@ -346,27 +359,34 @@ def _predicted_latents(step: _Step, log_snr: Tensor, path: NoisePath) -> Tensor:
 def _trace(steps: Sequence[_Step], latents: Tensor | None, path: NoisePath, family: Family) -> Trace:
     timestep, log_snr = _levels(steps, path, family)
     terms = [_terms(step, latents, level, path) for step, level in zip(steps, log_snr, strict=True)]
-    rows = torch.stack(terms, dim=-1).cpu()  # (5, B, T)
+    rows = torch.stack(terms, dim=-1).cpu()
+    return _trace_of(rows, timestep, log_snr, path, dimensions=steps[0].noisy[0].numel())
+
+
+_TERMS = ("difference", "difference_velocity", "dot_conditional", "dot_guided", "error_conditional", "error_null")
+
+
+def _trace_of(terms: Tensor, timestep: Tensor, log_snr: Tensor, path: NoisePath, *, dimensions: int) -> Trace:
+    """The trace with these `_TERMS`, (6, B, T), at these steps, (T,)."""
     return Trace(
         log_snr=log_snr,
         timestep=timestep,
         beta=path.beta(timestep),
-        difference=rows[0],
-        dot_conditional=rows[1],
-        dot_guided=rows[2],
-        error_conditional=rows[3],
-        error_null=rows[4],
-        dimensions=steps[0].noisy[0].numel(),
+        dimensions=dimensions,
         is_flow=path.is_flow,
+        training_steps=path.training_steps,
         planned_steps=len(path.steps),
+        **dict(zip(_TERMS, terms, strict=True)),
     )
 
 
 def _terms(step: _Step, latents: Tensor | None, log_snr: Tensor, path: NoisePath) -> Tensor:
-    """The five terms of a step, (5, B), float32: ‖Δε‖², two RFMI products, two denoising errors."""
+    """The `_TERMS` of a step, (6, B), float32: ‖Δε‖², ‖Δv‖², two RFMI products, two denoising errors."""
     alpha, sigma = (x.to(step.noisy.device) for x in alpha_sigma(log_snr, is_flow=path.is_flow))
     noisy, conditional, null = step.noisy.float(), step.conditional.float(), step.null.float()
-    delta = epsilon_difference(conditional - null, alpha, sigma, path.predicts)
+    differences = [
+        of(conditional - null, alpha, sigma, path.predicts) for of in (epsilon_difference, velocity_difference)
+    ]
 
     def both(output: Tensor) -> tuple[Tensor, Tensor]:
         return epsilon_and_sample(output, noisy, alpha, sigma, path.predicts, is_flow=path.is_flow)
@@ -376,7 +396,7 @@ def _terms(step: _Step, latents: Tensor | None, log_snr: Tensor, path: NoisePath
     velocity, velocity_null = epsilon - sample, epsilon_null - sample_null
     change = velocity - velocity_null
     guided_change = step.guidance_scale * change
-    terms = [delta**2, velocity * change, (velocity_null + guided_change) * guided_change]
+    terms = [*(delta**2 for delta in differences), velocity * change, (velocity_null + guided_change) * guided_change]
     if latents is None:
         terms += [torch.full_like(noisy, math.nan)] * 2
     else:
