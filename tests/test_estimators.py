@@ -272,19 +272,74 @@ def test_variational_critic_learns():
     assert estimate.value == pytest.approx(PAIR.mutual_information, abs=0.1)
 
 
-def test_bad_samples_are_refused():
-    x, y = PAIR.sample(100, seed=0)
-    broken = x.copy()
-    broken[3] = np.nan
-    for bad, message in (
-        ((x, y[:50]), "same number of rows"),
-        ((x[:, 0], y), "two tables"),
-        ((broken, y), "not finite"),
-        ((np.hstack([x, np.zeros_like(x)]), y), "constant or a combination"),
-        ((x[:3], y[:3]), "too few"),
+def bad_samples():
+    """(x, y) by what is wrong with them: what any estimator would answer with a number that means nothing."""
+    rng = np.random.default_rng(4)
+    x, y, z = (rng.standard_normal((1000, 1)) for _ in range(3))
+    die, coin = (rng.integers(0, faces, (1000, 1)).astype(float) for faces in (3, 2))
+    broken, endless = x.copy(), y.copy()
+    broken[3], endless[5] = np.nan, -np.inf
+    return {
+        "a die and its copy": (die, die, "Column 1 of x is not continuous: 1000 of its 1000"),
+        "a coin and noise": (coin, y, "Column 1 of x is not continuous"),
+        "noise and a coin": (x, coin, "Column 1 of y is not continuous"),
+        "a die among others": (np.hstack([x, die, z]), y, "Column 2 of x is not continuous"),
+        "a die beside y": (x, np.hstack([y, die]), "Column 2 of y is not continuous"),
+        "counts": (rng.poisson(50, (1000, 1)), y, "Column 1 of x is not continuous"),
+        "half of them zero": (np.maximum(x, 0), y, "Column 1 of x is not continuous"),
+        "rows twice": (np.repeat(x[:500], 2, axis=0), np.repeat(y[:500], 2, axis=0), "Drop repeated rows"),
+        "a constant": (np.hstack([x, np.ones_like(x)]), y, "Column 2 of x is constant"),
+        "not finite": (broken, y, "not finite"),
+        "infinite": (x, endless, "not finite"),
+        "other lengths": (x, y[:500], "same number of rows"),
+        "no table": (x[:, 0], y, "two tables"),
+        "no rows": (x[:0], y[:0], "two tables"),
+        "words": (np.full((1000, 1), "red"), y, "tables of numbers"),
+        "three rows": (x[:3], y[:3], "too few"),
+    }
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_bad_samples_are_refused_by_every_estimator(name):
+    """When fitted, or at the latest when asked."""
+    for kind, (x, y, message) in bad_samples().items():
+        estimator = get_estimator(name)
+        with pytest.raises(MituneError, match=message):
+            estimator.fit(x, y).estimate(x, y)
+            pytest.fail(kind)
+
+
+@pytest.mark.parametrize("make", [quick_rfmi, GaussianCopula, CCA, KSG], ids=["RFMI", "copula", "CCA", "KSG"])
+def test_bad_samples_are_refused_after_a_fit(make):
+    x, y = PAIR.sample(300, seed=0)
+    estimator = make().fit(x, y)
+    for a, b, message in (
+        (np.hstack([x, y]), y, "the 1 and 1 columns of the fit"),
+        (x, np.sign(y), "Column 1 of y is not continuous"),
+        (x[:200], y, "same number of rows"),
     ):
         with pytest.raises(MituneError, match=message):
-            GaussianCopula().fit(*bad)
+            estimator.estimate(a, b)
+
+
+@pytest.mark.parametrize("make", [quick_rfmi, GaussianCopula, CCA], ids=["RFMI", "copula", "CCA"])
+def test_what_determines_the_other_is_refused(make):
+    x, _ = PAIR.sample(300, seed=0)
+    with pytest.raises(MituneError, match="infinite"):
+        make().fit(x, 3 - 2 * x)
+
+
+def test_float32_is_continuous_and_spread_counts_keep_their_information():
+    """The remedy of the message: k + U(0, 1) tells k, so a fair coin and its copy share ln 2, found by neighbors."""
+    x, y = PAIR.sample(20_000, seed=0)
+    GaussianCopula().fit(x.astype(np.float32), y.astype(np.float32))
+    rng = np.random.default_rng(0)
+    coin = rng.integers(0, 2, (3000, 1))
+    first, second = (coin + rng.random(coin.shape) for _ in range(2))
+    assert value_of(KSG(), first, second) == pytest.approx(math.log(2), abs=0.05)
+
+
+def test_unknown_estimator():
     with pytest.raises(MituneError, match="no estimator 'MIME'; the known ones are RFMI"):
         get_estimator("MIME")
 

@@ -20,6 +20,7 @@ from types import MappingProxyType
 from typing import Any, Literal, Protocol
 
 import torch
+from scipy.stats import t as student
 from torch import Generator, Tensor
 
 from mitune.errors import MituneError
@@ -75,14 +76,18 @@ def true_noise(noisy: Tensor, latents: Tensor, alpha: Tensor, sigma: Tensor) -> 
 # --- Estimates ---------------------------------------------------------------------------------------------------
 
 
+ONE_SIGMA = 0.6827  # what a standard error covers to each side where it is known
+
+
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A value with its standard error, the number of draws it rests on, and its unit."""
+    """A value with its standard error, the number of draws it rests on, its unit, and the error's own certainty."""
 
     value: float
     standard_error: float
     samples: int
     unit: str = "nats"
+    degrees_of_freedom: float = math.inf
 
     @classmethod
     def of_mean(cls, draws: Tensor, unit: str = "nats") -> Estimate:
@@ -92,13 +97,41 @@ class Estimate:
     @classmethod
     def of_strata(cls, draws: Tensor, unit: str = "nats") -> Estimate:
         """Mean over strata of equal weight, (strata, n), with n independent draws in each; the error is unbiased."""
-        strata, each = draws.shape
-        draws = draws.double()
-        error = math.nan if each < 2 else (draws.var(dim=1).sum() / each).sqrt().item() / strata
-        return cls(draws.mean().item(), error, draws.numel(), unit)
+        value, error, degrees = (x.item() for x in stratified_mean(draws))
+        return cls(value, error, draws.numel(), unit, degrees)
+
+    @property
+    def error(self) -> float:
+        """What to print behind ±: half the interval that covers the truth in 68 of 100 cases."""
+        return self._half_width(ONE_SIGMA)
+
+    def interval(self, confidence: float = 0.95) -> tuple[float, float]:
+        """The ends of the interval that covers the truth with that probability, by Student's t."""
+        half = self._half_width(confidence)
+        return self.value - half, self.value + half
+
+    def _half_width(self, confidence: float) -> float:
+        return self.standard_error * float(student.ppf((1 + confidence) / 2, self.degrees_of_freedom))
 
     def __str__(self) -> str:
-        return f"{self.value:.3f} ± {self.standard_error:.3f} {self.unit} (n = {self.samples})"
+        return f"{self.value:.3f} ± {self.error:.3f} {self.unit} (n = {self.samples})"
+
+
+def stratified_mean(draws: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean of draws (..., strata, n), its standard error, and the degrees of freedom of that, each (...), float64.
+
+    After Satterthwaite (1946) and Welch (1947): n − 1 degrees where one stratum has all of the variance, as the clean
+    end of a noise path nearly has, and more where it is shared. The last two are NaN for n = 1.
+    """
+    strata, each = draws.shape[-2:]
+    draws = draws.double()
+    mean = draws.mean(dim=(-2, -1))
+    if each < 2:
+        return mean, torch.full_like(mean, math.nan), torch.full_like(mean, math.nan)
+    variances = draws.var(dim=-1) / each
+    total, squares = variances.sum(dim=-1), (variances**2).sum(dim=-1)
+    degrees = (each - 1) * torch.where(squares > 0, total**2 / squares, strata)
+    return mean, total.sqrt() / strata, degrees
 
 
 # --- On-line: the terms of sampling trajectories, and the scores made of them ------------------------------------
@@ -317,7 +350,7 @@ class Score:
 
     def check(self, trace: Trace) -> None:
         """Raises MituneError where the steps of this trace can give no value, whatever their terms are."""
-        ones = {name: torch.ones(1, len(trace.log_snr)) for name in _PER_CANDIDATE}
+        ones: dict[str, Any] = {name: torch.ones(1, len(trace.log_snr)) for name in _PER_CANDIDATE}
         if not self(replace(trace, **ones)).isfinite().item():
             kind = "a flow path" if trace.is_flow else "a diffusion path"
             raise MituneError(

@@ -1,4 +1,4 @@
-"""Point-wise mutual information of given images with any prompts (post-hoc), with a standard error for each image.
+"""Point-wise mutual information of given images with any prompts (post-hoc), with an error for each image.
 
 The images are noised again and denoised with and without the prompt. The conditioning comes from one step of the
 unmodified pipeline, watched by the probe; after that the denoiser is called alone.

@@ -163,7 +163,7 @@ class SkeletonField:
         The samples that were fitted are each judged by the network that has not seen them, and the skeleton's bias is
         taken off. Other samples are judged by all networks.
         """
-        x, y = self._ordered(*checked_pair(x, y))
+        x, y = checked_pair(*self._ordered(*checked_pair(x, y)), self.skeleton_.columns)
         fitted = self.skeleton_.was_fitted_to(x, y)
         rows = self.folds_.held_out if fitted else torch.arange(len(x)).expand(self.training.members, -1)
         values = torch.from_numpy(self.skeleton_.point_wise(x, y))
@@ -277,7 +277,7 @@ class PlainField:
 
     def estimate(self, x: Array, y: Array) -> Estimate:
         """I on samples of the same shapes; the standard error is that of sampling alone."""
-        x, y = checked_pair(x, y)
+        x, y = checked_pair(x, y, (len(self.center_[0]), len(self.center_[1])))
         fitted = np.array_equal(x, self.samples_[0]) and np.array_equal(y, self.samples_[1])
         rows = self.folds_.held_out if fitted else torch.arange(len(x)).expand(self.training.members, -1)
         generator = torch.Generator().manual_seed(self.seed + 1)

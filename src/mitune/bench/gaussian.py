@@ -25,14 +25,43 @@ Array = NDArray[np.float64]
 Map = Callable[[Array], Array]  # (n, d) to (n, d), one-to-one up to ties
 
 
-def checked_pair(x: Array, y: Array) -> tuple[Array, Array]:
-    """Both as float64 of shape (n, d). Raises MituneError unless they are finite, two-dimensional and equally long."""
-    x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
-    if x.ndim != 2 or y.ndim != 2 or len(x) != len(y):
+TIED = 0.01  # share of a column's samples that may have another's value; rounding to float32 makes far fewer
+
+
+def checked_pair(x: Array, y: Array, columns: tuple[int, int] | None = None) -> tuple[Array, Array]:
+    """Both as float64 of shape (n, d). Raises MituneError unless they are samples that the estimators are made for.
+
+    That is: finite, two-dimensional, equally long, not empty, with as many `columns` as were fitted where those are
+    given, and continuous. Of a variable with atoms, ranks and distances say nothing: all would be wrong without a word.
+    """
+    try:
+        x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise MituneError(f"x and y must be tables of numbers ({error}).") from error
+    if x.ndim != 2 or y.ndim != 2 or len(x) != len(y) or not (x.size and y.size):
         raise MituneError(f"x {x.shape} and y {y.shape} must be two tables with the same number of rows; reshape them.")
+    if columns is not None and (x.shape[1], y.shape[1]) != columns:
+        raise MituneError(
+            f"x {x.shape} and y {y.shape} must have the {columns[0]} and {columns[1]} columns of the fit."
+        )
     if not (np.isfinite(x).all() and np.isfinite(y).all()):
         raise MituneError("x or y holds values that are not finite; drop or fill those rows.")
+    for name, side in (("x", x), ("y", y)):
+        for number, column in enumerate(side.T, start=1):
+            _check_continuous(column, f"Column {number} of {name}")
     return x, y
+
+
+def _check_continuous(column: Array, where: str) -> None:
+    values, counts = np.unique(column, return_counts=True)
+    tied = int(counts[counts > 1].sum())
+    if len(values) == 1 < len(column):
+        raise MituneError(f"{where} is constant; drop it.")
+    if tied > TIED * len(column):
+        raise MituneError(
+            f"{where} is not continuous: {tied} of its {len(column)} samples have another's value. Drop repeated rows; "
+            "spread counts and rounded values by uniform noise as wide as their spacing, which changes no information."
+        )
 
 
 # --- Maps that make one side normal ------------------------------------------------------------------------------
@@ -146,7 +175,11 @@ class Canonical:
         x, y = x - mean_x, y - mean_y
         root_x, root_y = inverse_root(x.T @ x / n), inverse_root(y.T @ y / n)
         left, correlations, right = np.linalg.svd(root_x @ (x.T @ y / n) @ root_y)
-        return cls(mean_x, mean_y, root_x @ left, root_y @ right.T, np.minimum(correlations, 1 - 1e-9), n)
+        if correlations[0] > 1 - 1e-9:
+            raise MituneError(
+                "x and y determine each other, so their information is infinite; add the noise they have."
+            )
+        return cls(mean_x, mean_y, root_x @ left, root_y @ right.T, correlations, n)
 
     def __call__(self, x: Array, y: Array) -> tuple[Array, Array]:
         """Both sides in canonical coordinates."""
@@ -207,6 +240,11 @@ class Skeleton:
     def __call__(self, x: Array, y: Array) -> tuple[Array, Array]:
         """Both sides in canonical coordinates."""
         return self.canonical(self.map_x(x), self.map_y(y))
+
+    @property
+    def columns(self) -> tuple[int, int]:
+        """dim_x and dim_y."""
+        return self.samples[0].shape[1], self.samples[1].shape[1]
 
     def was_fitted_to(self, x: Array, y: Array) -> bool:
         """Whether these are the very samples."""

@@ -13,6 +13,8 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn.functional import silu
 
+from mitune.errors import MituneError
+
 
 class BatchedLinear(nn.Module):
     """K linear layers: (K, B, inputs) to (K, B, outputs)."""
@@ -69,7 +71,9 @@ class Folds:
 
     @classmethod
     def of(cls, samples: int, members: int, generator: Generator) -> Folds:
-        """At random."""
+        """At random. Raises MituneError where a part would hold less than two samples."""
+        if samples < 2 * members:
+            raise MituneError(f"{samples} samples are too few for {members} parts; give more.")
         parts = list(torch.randperm(samples, generator=generator).tensor_split(members))
         rests = [torch.cat([*parts[:k], *parts[k + 1 :]]) for k in range(members)]
         return cls(_stacked(parts), _stacked(rests))

@@ -38,7 +38,7 @@ class CCA:
 
     def estimate(self, x: Array, y: Array) -> Estimate:
         """Mean log-ratio of the fitted normal."""
-        ratios = self.skeleton_.canonical.log_ratios(*self.skeleton_(*checked_pair(x, y)))
+        ratios = self.skeleton_.canonical.log_ratios(*self.skeleton_(*checked_pair(x, y, self.skeleton_.columns)))
         return Estimate.of_mean(torch.from_numpy(ratios))
 
 
@@ -53,7 +53,8 @@ class GaussianCopula:
 
     def estimate(self, x: Array, y: Array) -> Estimate:
         """Mean log-ratio of the fitted normal."""
-        return Estimate.of_mean(torch.from_numpy(self.skeleton_.point_wise(*checked_pair(x, y))))
+        x, y = checked_pair(x, y, self.skeleton_.columns)
+        return Estimate.of_mean(torch.from_numpy(self.skeleton_.point_wise(x, y)))
 
 
 @dataclass
@@ -70,7 +71,9 @@ class KSG:
 
     def estimate(self, x: Array, y: Array) -> Estimate:
         """Mean of ψ(k) + ψ(n) − ψ(n_x + 1) − ψ(n_y + 1) over the samples; the error takes them as independent."""
-        x, y = checked_pair(x, y)
+        x, y = checked_pair(x, y, (len(self.scale_x_), len(self.scale_y_)))
+        if len(x) <= self.neighbors:
+            raise MituneError(f"{len(x)} samples are too few for {self.neighbors} neighbors; give more.")
         x, y = x / self.scale_x_, y / self.scale_y_
         joint = np.hstack([x, y])
         distance = cKDTree(joint).query(joint, self.neighbors + 1, p=np.inf)[0][:, -1]
@@ -181,7 +184,10 @@ class Variational:
 
     def estimate(self, x: Array, y: Array) -> Estimate:
         """Mean of the bound over batches; the standard error is that of the batches."""
-        return Estimate.of_mean(self._blocks(self.critic_, *self._standardized(*checked_pair(x, y)), self.bound))
+        x, y = checked_pair(x, y, (len(self.center_[0]), len(self.center_[1])))
+        if len(x) < self.batch:
+            raise MituneError(f"{len(x)} samples are too few for batches of {self.batch}; give more.")
+        return Estimate.of_mean(self._blocks(self.critic_, *self._standardized(x, y), self.bound))
 
     def _standardized(self, x: Array, y: Array) -> tuple[Tensor, Tensor]:
         sides = zip((x, y), self.center_, self.scale_, strict=True)
