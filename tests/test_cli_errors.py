@@ -82,6 +82,24 @@ def test_bad_input(folder, monkeypatch, line, sentence):
     assert (status, sentence in shown) == (2, True), shown
 
 
+def commands(group, path=()):
+    """Every command, as the words that call it."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(command, (*path, name))
+        else:
+            yield (*path, name)
+
+
+def test_help_ends_in_an_example():
+    found = list(commands(typer.main.get_command(app)))
+    assert ("bench", "tune") in found and ("generate",) in found
+    for words in found:
+        status, shown = invoke(*words, "--help")
+        example = f"mitune {' '.join(words)} "
+        assert status == 0 and "Example" in shown and example in shown.partition("Example")[2], words
+
+
 def test_arguments_that_are_no_text():
     status, shown = invoke("generate", "a red \udcff circle")
     assert status == 2 and "is not text in UTF-8" in shown
