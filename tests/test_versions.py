@@ -1,11 +1,15 @@
 """Versions that do not go together are one sentence at the start."""
 
+import re
 import subprocess
 import sys
+import tomllib
 from importlib.metadata import requires
+from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from mitune.versions import check_versions, mismatch
 
@@ -69,3 +73,15 @@ def test_asking_is_quick_and_imports_no_heavy_library():
         "assert not heavy, heavy; assert took < 1, took"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_constraints_pin_every_dependency_within_its_range():
+    root = Path(__file__).parent.parent
+    project = tomllib.loads((root / "pyproject.toml").read_text())
+    lines = [line for line in (root / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines)  # no path, no host, no build of one machine
+    pinned = {canonicalize_name(name): version for name, _, version in (line.partition("==") for line in lines)}
+    needed = [*project["build-system"]["requires"], *project["project"]["dependencies"]]
+    needed += project["project"]["optional-dependencies"]["dev"]
+    for each in map(Requirement, needed):
+        assert each.specifier.contains(pinned[canonicalize_name(each.name)]), each

@@ -25,9 +25,10 @@ _MI_TUNE: Nested = {
 PRESETS: Mapping[str, Nested] = {
     "demo": {
         "model": {"name": "shapes-sd"},
-        "pool": {"candidates": 12, "keep": 3, "select": ["contrast"], "race": [], "batch_size": 64},
-        "finetune": _SHAPES_FINETUNE,
-        "eval": {"images": 2, "batch_size": 64},
+        # Batches as large as that are faster, if little; these divide the candidates of all prompts without a rest.
+        "pool": {"candidates": 8, "keep": 2, "select": ["contrast"], "race": [], "batch_size": 192},
+        "finetune": _SHAPES_FINETUNE | {"iterations": 150},
+        "eval": {"images": 2, "batch_size": 280},
         "prompts": "shapes:train",
         "eval_prompts": "shapes:heldout",
     },
