@@ -1,19 +1,25 @@
 """An adapter must survive the file: what pipe.load_lora_weights makes of it is what was trained."""
 
 import json
+import os
+import subprocess
+import sys
+from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, PixArtSigmaPipeline, StableDiffusion3Pipeline
 from peft import get_peft_model_state_dict
-from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mitune.adapter import (
     WEIGHTS_FILE,
     adapted_layers,
     add_adapter,
+    check_rank,
     export_fused,
     load_weights,
     save_adapter,
@@ -153,8 +159,58 @@ def test_earlier_adapter_of_other_settings_is_refused(other, tmp_path):
     add_adapter(unet, other)
     with pytest.raises(MituneError, match="is of another model, kind, rank or alpha"):
         load_weights(tmp_path, {"unet": unet})
-    with pytest.raises(MituneError, match="Cannot read the adapter"):
+    with pytest.raises(MituneError, match="There is no adapter folder"):
         load_weights(tmp_path / "nowhere", {"unet": unet})
+
+
+def test_training_cannot_go_on_from_an_adapter_without_header(tmp_path):
+    pipe = tiny_sd()
+    save_adapter(tmp_path, type(pipe), adapted(pipe, ["unet"], config_of()))
+    save_file(load_file(tmp_path / WEIGHTS_FILE), tmp_path / WEIGHTS_FILE)
+    unet = tiny_sd().unet
+    add_adapter(unet, config_of())
+    with pytest.raises(MituneError, match="says nothing of its rank and alpha"):
+        load_weights(tmp_path, {"unet": unet})
+
+
+@pytest.mark.parametrize("pipeline_class", [StableDiffusion3Pipeline, PixArtSigmaPipeline])
+def test_equal_adapters_make_equal_files(pipeline_class, tmp_path):
+    """In any process: hashes of text, and with them the order of sets, differ from one to the next."""
+    program = (
+        "import sys; from pathlib import Path; from diffusers import *; from tests.test_adapter import *; "
+        "pipe = tiny_sd3(); modules = adapted(pipe, ['transformer'], config_of()); "
+        f"save_adapter(Path(sys.argv[1]), {pipeline_class.__name__}, modules, {{'b': '1', 'a': '2', 'c': '3'}})"
+    )
+    for seed in ("1", "2"):
+        command = [sys.executable, "-c", program, str(tmp_path / seed)]
+        subprocess.run(command, check=True, env={**os.environ, "PYTHONHASHSEED": seed})
+    names = sorted(file.name for file in (tmp_path / "1").iterdir())
+    assert len(names) == (1 if pipeline_class is StableDiffusion3Pipeline else 3)
+    assert all((tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes() for name in names)
+
+
+@pytest.mark.parametrize(("rank", "fits"), [(16, True), (17, False), (10_000, False)])
+def test_rank_above_the_layers_is_refused(rank, fits):
+    """Most layers of the tiny U-Net are 16 wide."""
+    with (
+        nullcontext() if fits else pytest.raises(MituneError, match=f"rank = {rank} is above .*; set it to at most 16")
+    ):
+        check_rank(tiny_sd().unet, rank)
+
+
+def test_fused_model_that_finds_no_room(tmp_path, monkeypatch):
+    model = saved_pipeline("sd", tmp_path / "model")
+    pipe = tiny_sd()
+    save_adapter(tmp_path / "adapter", type(pipe), adapted(pipe, ["unet"], config_of()))
+
+    def full(*_args, **_kwargs):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("diffusers.DiffusionPipeline.save_pretrained", full)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(MituneError, match="No space left on the disk of .*fused"):
+        export_fused(model, tmp_path / "adapter", tmp_path / "fused")
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize("kind", ["sd", "sd3"])
@@ -184,6 +240,16 @@ def test_card_names_model_prompts_selection_settings_and_loading(tmp_path):
         "4 of 300",
         "| learning_rate | 0.0001 |",
         "DiffusionPipeline.from_pretrained(model_folder('shapes-sd'))",
-        f"load_lora_weights({str(tmp_path)!r}",
+        "load_lora_weights(\".\", weight_name='pytorch_lora_weights.safetensors')",
     ):
         assert part in card
+
+
+@pytest.mark.parametrize("name", ["a/hub-id", "{folder}/mine", "{folder}/mine.safetensors"])
+def test_card_names_no_folder_of_this_machine(name, tmp_path):
+    name = name.format(folder=tmp_path)
+    base = "a/base" if name.endswith(".safetensors") else None
+    write_card(tmp_path, ModelConfig(name=name, base=base), config_of(), prompts=["a"], selection="random", skipped=0)
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert str(tmp_path) not in card
+    assert f'base_model: "{name if name.startswith("a/") else Path(name).name}"' in card

@@ -2,18 +2,22 @@
 
 import json
 import shutil
+import signal
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-import mitune.finetuning as module
+import mitune.finetuning
+import mitune.trainer as module
 from mitune.adapter import WEIGHTS_FILE
 from mitune.components import Components
 from mitune.config import FinetuneConfig, ModelConfig
 from mitune.errors import MituneError, ModelError
 from mitune.finetuning import finetune
+from mitune.sealed import unpack
+from mitune.stopping import Stopped, signals_raised
 from tests.sets import images_of, saved_pipeline, write_set
 
 
@@ -53,10 +57,13 @@ def largest_difference(first, second):
 def test_loaded_adapter_makes_the_images_of_the_tuned_model(kind, adapter, text_encoder, world, tmp_path, monkeypatch):
     model, dataset = world[kind]
     kept = {}
-    save = module.save_adapter
-    monkeypatch.setattr(
-        module, "save_adapter", lambda folder, cls, modules: save(folder, cls, kept.update(modules) or modules)
-    )
+    save = mitune.finetuning.save_adapter
+
+    def watched(folder, cls, modules, notes):
+        kept.update(modules)
+        save(folder, cls, modules, notes)
+
+    monkeypatch.setattr(mitune.finetuning, "save_adapter", watched)
     config = config_of(adapter=adapter, text_encoder=text_encoder)
     result = finetune(model, dataset, tmp_path / "adapter", config)
     assert (result.adapter, result.iterations, result.skipped) == (tmp_path / "adapter", 3, 0)
@@ -142,14 +149,90 @@ def test_folder_of_other_settings_is_refused(world, tmp_path):
         finetune(model, world["sdxl"][1], tmp_path, config_of())
 
 
-def test_damaged_checkpoint_is_named(world, tmp_path):
+def _cut(content):
+    return content[: len(content) // 2]
+
+
+def _flip(content):
+    middle = len(content) * 2 // 3  # among the tensors, where safetensors itself sees nothing
+    return content[:middle] + bytes([content[middle] ^ 255]) + content[middle + 1 :]
+
+
+def _reheaded(content):
+    return content[:8] + b"?" + content[9:]
+
+
+@pytest.mark.parametrize("change", [_cut, _flip, _reheaded, lambda _: b"", lambda _: b"\0" * 64])
+@pytest.mark.parametrize("name", [WEIGHTS_FILE, "checkpoint/state.safetensors", "training.jsonl"])
+def test_damaged_file_is_made_again(name, change, world, tmp_path, caplog):
     model, dataset = world["sd"]
-    finetune(model, dataset, tmp_path, config_of())
-    (tmp_path / "README.md").unlink()
-    file = tmp_path / "checkpoint" / "state.safetensors"
-    file.write_bytes(file.read_bytes()[:-5])
-    with pytest.raises(MituneError, match="state.safetensors is damaged; delete it"):
-        finetune(model, dataset, tmp_path, config_of())
+    first = finetune(model, dataset, tmp_path, config_of(ema=0.9))
+    content = (tmp_path / WEIGHTS_FILE).read_bytes()
+    (tmp_path / name).write_bytes(change((tmp_path / name).read_bytes()))
+    if name != WEIGHTS_FILE:
+        (tmp_path / WEIGHTS_FILE).unlink()
+    again = finetune(model, dataset, tmp_path, config_of(ema=0.9))
+    assert (again.iterations, again.skipped) == (first.iterations, first.skipped)
+    assert (tmp_path / WEIGHTS_FILE).read_bytes() == content
+    if name == "training.jsonl":
+        assert "rows; the adapter does not depend on them" in caplog.text
+    else:
+        assert "is damaged; it is set aside" in caplog.text
+        assert (tmp_path / f"{name}.damaged").exists()
+
+
+def test_history_of_a_finished_run_may_be_lost(world, tmp_path):
+    model, dataset = world["sd"]
+    first = finetune(model, dataset, tmp_path, config_of())
+    (tmp_path / "training.jsonl").write_bytes(b'{"iteration": 0, "seconds": 0.5}\n{"iteration": 1, "sec\xff')
+    again = finetune(model, dataset, tmp_path, config_of())
+    assert (again.iterations, again.skipped, again.seconds) == (first.iterations, first.skipped, 0.5)
+
+
+@pytest.mark.parametrize("every", [1, 50])
+def test_signal_leaves_a_checkpoint_of_the_last_whole_iteration(every, world, tmp_path, monkeypatch):
+    """A signal in the backward pass of the fourth iteration, long before the first checkpoint is due."""
+    model, dataset = world["sd"]
+    config = config_of(iterations=5, adapter="dora", ema=0.9, checkpoint_every=every)
+    errors, calls = module.denoising_errors, []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 4:
+            signal.raise_signal(signal.SIGTERM)
+        return errors(*arguments)
+
+    monkeypatch.setattr(module, "denoising_errors", interrupted)
+    with pytest.raises(Stopped), signals_raised():
+        finetune(model, dataset, tmp_path / "stopped", config)
+    state, _ = unpack((tmp_path / "stopped" / "checkpoint" / "state.safetensors").read_bytes())
+    assert any(tensor.item() == 3 for name, tensor in state.items() if name.startswith("step/"))
+    seen = []
+    finetune(model, dataset, tmp_path / "stopped", config, progress=lambda *arguments: seen.append(arguments[0]))
+    finetune(model, dataset, tmp_path / "whole", config)
+    assert seen == [4, 5]
+    for name in (WEIGHTS_FILE, "checkpoint/state.safetensors", "README.md"):
+        assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert history_of(tmp_path / "stopped") == history_of(tmp_path / "whole")
+
+
+def test_signal_in_a_step_waits_for_its_end(world, tmp_path, monkeypatch):
+    model, dataset = world["sd"]
+    step, calls = torch.optim.AdamW.step, []
+
+    def interrupted(self, closure=None):
+        calls.append(1)
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return step(self, closure)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(model, dataset, tmp_path / "stopped", config_of())
+    finetune(model, dataset, tmp_path / "stopped", config_of())
+    finetune(model, dataset, tmp_path / "whole", config_of())
+    assert (tmp_path / "stopped" / WEIGHTS_FILE).read_bytes() == (tmp_path / "whole" / WEIGHTS_FILE).read_bytes()
+    assert len(calls) == 3 + 3
 
 
 def test_loss_that_is_nan_skips_its_iteration(world, tmp_path, monkeypatch):
@@ -177,6 +260,44 @@ def test_loss_that_is_nan_skips_its_iteration(world, tmp_path, monkeypatch):
     assert largest_difference(weights[3], weights[2]) > 0
     assert all(torch.isfinite(tensor).all() for tensor in weights_of(tmp_path).values())
     assert "1 of 4" in (tmp_path / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("factor", [float("nan"), 1e12])
+@pytest.mark.parametrize("iterations", [3, 40])
+def test_run_without_a_sensible_loss_fails(factor, iterations, world, tmp_path, monkeypatch):
+    """Soon, rather than at its end, and again when it is taken up."""
+    model, dataset = world["sd"]
+    errors, seen = module.denoising_errors, []
+    monkeypatch.setattr(module, "denoising_errors", lambda *arguments: errors(*arguments) * factor)
+    for _ in range(2):
+        with pytest.raises(
+            MituneError, match=r"diverged, and no adapter is written: .* finetune\.learning_rate.*dtype"
+        ):
+            finetune(model, dataset, tmp_path, config_of(iterations=iterations), progress=lambda *a: seen.append(a[0]))
+        assert max(seen) <= 25
+    assert not (tmp_path / WEIGHTS_FILE).exists()
+
+
+def test_run_that_changes_no_weight_fails(world, tmp_path, monkeypatch):
+    model, dataset = world["sd"]
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *_: None)
+    for _ in range(2):
+        with pytest.raises(MituneError, match="learned nothing, and no adapter is written"):
+            finetune(model, dataset, tmp_path, config_of())
+    assert not (tmp_path / WEIGHTS_FILE).exists()
+
+
+def test_weights_that_are_not_finite_are_never_written(world, tmp_path, monkeypatch):
+    model, dataset = world["sd"]
+
+    def overflowing(self, closure=None):  # noqa: ARG001
+        for parameter in self.param_groups[0]["params"]:
+            parameter.data.fill_(torch.inf)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", overflowing)
+    with pytest.raises(MituneError, match=r"not written: its weights are not finite .*learning_rate"):
+        finetune(model, dataset, tmp_path, config_of(iterations=1))
+    assert not (tmp_path / WEIGHTS_FILE).exists()
 
 
 def out_of_memory_above(limit, monkeypatch):

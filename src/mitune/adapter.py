@@ -2,38 +2,37 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
-import tempfile
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from diffusers import ModelMixin
-from diffusers.loaders import PeftAdapterMixin, SD3LoraLoaderMixin
+from diffusers.loaders import PeftAdapterMixin
 from diffusers.training_utils import cast_training_params
-from peft import (
-    LoraConfig,
-    PeftModel,
-    get_peft_model_state_dict,
-    inject_adapter_in_model,
-    set_peft_model_state_dict,
-)
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from diffusers.utils.peft_utils import recurse_remove_peft_layers
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from mitune.adapter_file import PEFT_CONFIG, PEFT_WEIGHTS, WEIGHTS_FILE, adapted_parts, read_weights, weights_file
 from mitune.config import EMBEDDED, FinetuneConfig, ModelConfig
 from mitune.denoiser import denoiser_of
 from mitune.errors import MituneError, ModelError
 from mitune.models import load_model
-from mitune.store import write_bytes, writing
+from mitune.sealed import pack
+from mitune.store import unfinished_folder, write_bytes, write_json, writing
 
-WEIGHTS_FILE = "pytorch_lora_weights.safetensors"  # the name that pipe.load_lora_weights looks for
 CARD_FILE = "README.md"
-PEFT_CONFIG = "adapter_config.json"  # where this is, PeftModel.from_pretrained(pipe.transformer, folder) reads it
+REMEDY = "Lower finetune.learning_rate, or set model.dtype to bfloat16 or float32, or finetune.precision to bf16 or no."
+_SETTINGS = "lora_adapter_metadata"  # where diffusers looks for rank and α in a file's notes
 _BLOCK = re.compile(r"(?:^|_)(?:attn|attention|ffn?|feed_forward|mlp)\d*(?:$|_)")
 _MAGNITUDE = "lora_magnitude_vector"  # DoRA's m: one number for each row of a weight matrix
 
@@ -55,6 +54,18 @@ def adapted_layers(module: nn.Module) -> list[str]:
             "there is nothing to adapt; fine-tune another model."
         )
     return layers
+
+
+def check_rank(module: nn.Module, rank: int) -> None:
+    """Raises MituneError if most of the layers to be adapted are narrower than the rank, which then adds nothing."""
+    layers = dict(module.named_modules())
+    widths = [min(layers[name].in_features, layers[name].out_features) for name in adapted_layers(module)]
+    width = statistics.median_low(widths)
+    if rank > width:
+        raise MituneError(
+            f"finetune.rank = {rank} is above the width of most layers of this {type(module).__name__}, {width}; set "
+            f"it to at most {width}."
+        )
 
 
 def add_adapter(module: Any, config: FinetuneConfig) -> None:
@@ -89,30 +100,35 @@ def trainable(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
     }
 
 
-def save_adapter(folder: Path, pipeline_class: type[Any], modules: Mapping[str, nn.Module]) -> None:
+def save_adapter(
+    folder: Path,
+    pipeline_class: type[Any],
+    modules: Mapping[str, nn.Module],
+    notes: Mapping[str, str] = MappingProxyType({}),
+) -> None:
     """Writes the adapters of `modules`, by component name, into one file for `pipe.load_lora_weights(folder)`.
 
-    Rank, α and kind go into the file's header: without it, α would be read as the rank. For a pipeline without that
-    method, the folder is also one that PEFT reads: `PeftModel.from_pretrained(pipe.transformer, folder)`.
+    Rank, α and kind go into the file's header, as without them α would be read as the rank, and so do `notes` and a
+    checksum; equal adapters make equal files. For a pipeline without that method, the folder is also one that PEFT
+    reads: `PeftModel.from_pretrained(pipe.transformer, folder)`. Raises MituneError for weights that are not finite.
     """
-    arguments: dict[str, Any] = {}
-    for component, module in modules.items():
-        arguments[f"{component}_lora_layers"] = _weights(component, module)
-        arguments[f"{component}_lora_adapter_metadata"] = _header(module)
-    folder.mkdir(parents=True, exist_ok=True)
-    with writing(folder), tempfile.TemporaryDirectory(dir=folder, prefix=".") as unfinished:
-        writer = pipeline_class if hasattr(pipeline_class, "save_lora_weights") else SD3LoraLoaderMixin
-        writer.save_lora_weights(unfinished, weight_name=WEIGHTS_FILE, **arguments)
-        if writer is not pipeline_class:
-            _save_for_peft(Path(unfinished), *modules.values())
-        for file in Path(unfinished).iterdir():
-            file.replace(folder / file.name)
+    parts = {component: _weights(component, module) for component, module in modules.items()}
+    weights = {f"{component}.{key}": tensor for component, part in parts.items() for key, tensor in part.items()}
+    bad = next((name for name, tensor in weights.items() if not torch.isfinite(tensor).all()), None)
+    if bad is not None:
+        raise MituneError(f"The adapter is not written: its weights are not finite ({bad}). {REMEDY}")
+    if not hasattr(pipeline_class, "save_lora_weights"):
+        _save_for_peft(folder, *modules.values())
+    header = json.dumps(_settings_of(modules), indent=2, sort_keys=True)
+    write_bytes(folder / WEIGHTS_FILE, pack(weights, {"format": "pt", _SETTINGS: header, **notes}))
 
 
 def _save_for_peft(folder: Path, denoiser: Any) -> None:
-    denoiser.peft_config["default"].save_pretrained(str(folder))
+    settings = denoiser.peft_config["default"].to_dict()
+    plain = {key: sorted(value) if isinstance(value, set) else value for key, value in sorted(settings.items())}
     weights = {f"base_model.model.{key}": value for key, value in _weights("transformer", denoiser).items()}
-    save_file(weights, folder / "adapter_model.safetensors")
+    write_json(folder / PEFT_CONFIG, plain)
+    write_bytes(folder / PEFT_WEIGHTS, pack(weights, {"format": "pt"}))
 
 
 def load_weights(folder: Path, modules: Mapping[str, nn.Module]) -> None:
@@ -120,21 +136,18 @@ def load_weights(folder: Path, modules: Mapping[str, nn.Module]) -> None:
 
     Raises MituneError if the file is missing or damaged, or of another model, kind, rank or α.
     """
-    file = folder / WEIGHTS_FILE
-    try:
-        found = load_file(file)
-        with safe_open(file, framework="pt") as opened:
-            header = json.loads(opened.metadata()["lora_adapter_metadata"])
-    except (OSError, SafetensorError, KeyError) as error:
-        raise MituneError(f"Cannot read the adapter {file}; name a folder that `mitune train` has written.") from error
+    file = weights_file(folder)
+    found, notes = read_weights(file)
     own = {component: _weights(component, module) for component, module in modules.items()}
     shapes = {f"{component}.{key}": tensor.shape for component, part in own.items() for key, tensor in part.items()}
-    settings = {
-        f"{component}.{key}": value for component, module in modules.items() for key, value in _header(module).items()
-    }
-    if header != settings or {key: tensor.shape for key, tensor in found.items()} != shapes:
+    if _SETTINGS not in notes:
         raise MituneError(
-            f"The adapter in {folder} is of another model, kind, rank or alpha than the one to be trained; set "
+            f"The adapter {file} says nothing of its rank and alpha, so its training cannot go on; name one that "
+            "`mitune train` has written."
+        )
+    if json.loads(notes[_SETTINGS]) != _settings_of(modules) or {k: v.shape for k, v in found.items()} != shapes:
+        raise MituneError(
+            f"The adapter {file} is of another model, kind, rank or alpha than the one to be trained; set "
             "finetune.adapter, rank, alpha and text_encoder as they were for it."
         )
     for component, module in modules.items():
@@ -153,36 +166,48 @@ def _suffix(component: str, key: str) -> str:
     return ".weight" if component.startswith("text_encoder") and _MAGNITUDE in key else ""
 
 
-def _header(module: Any) -> dict[str, Any]:
-    lora = module.peft_config["default"]
-    return {
-        "r": lora.r,
-        "lora_alpha": lora.lora_alpha,
-        "use_dora": lora.use_dora,
-        "target_modules": sorted(lora.target_modules),
-    }
+def _settings_of(modules: Mapping[str, Any]) -> dict[str, Any]:
+    """Rank, α and kind of each adapter, as diffusers keeps them in a file's header."""
+    settings: dict[str, Any] = {}
+    for component, module in modules.items():
+        lora = module.peft_config["default"]
+        settings |= {
+            f"{component}.r": lora.r,
+            f"{component}.lora_alpha": lora.lora_alpha,
+            f"{component}.use_dora": lora.use_dora,
+            f"{component}.target_modules": sorted(lora.target_modules),
+        }
+    return settings
+
+
+def check_new(output: Path) -> None:
+    """Raises MituneError if there is something where a fused model is to be written."""
+    if output.exists():
+        raise MituneError(f"{output} exists already; choose another folder for the fused model.")
 
 
 def export_fused(model: ModelConfig, adapter: Path, output: Path) -> Path:
     """Writes the whole model, in its dtype, with the adapter merged into its weights: a diffusers folder.
 
-    It makes the adapter's images, within rounding, without PEFT. Returns `output`; raises MituneError if that exists.
+    It makes the adapter's images, within rounding, without PEFT. Returns `output`; raises MituneError if that exists,
+    or if the adapter is damaged or of another model.
     """
-    if output.exists():
-        raise MituneError(f"{output} exists already; choose another folder for the fused model.")
-    if (adapter / PEFT_CONFIG).exists():
-        pipe: Any = load_model(replace(model, device="cpu")).pipe
-        PeftModel.from_pretrained(denoiser_of(pipe), str(adapter)).merge_and_unload(safe_merge=True)
-    else:
-        pipe = load_model(replace(model, device="cpu"), adapter=adapter).pipe
-        with safe_open(adapter / WEIGHTS_FILE, framework="pt") as opened:
-            adapted = sorted({key.split(".")[0] for key in opened.keys()})  # noqa: SIM118  (no iterator)
-        pipe.fuse_lora(components=adapted, safe_fusing=True)
+    check_new(output)
+    pipe: Any = load_model(replace(model, device="cpu", offload="none", compile=False), adapter=adapter).pipe
+    if hasattr(pipe, "fuse_lora"):
+        pipe.fuse_lora(components=list(adapted_parts(pipe)), safe_fusing=True)
         pipe.unload_lora_weights()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with writing(output), tempfile.TemporaryDirectory(dir=output.parent, prefix=".") as unfinished:
-        whole = Path(unfinished) / output.name
-        pipe.save_pretrained(whole)
+    else:
+        denoiser = denoiser_of(pipe)
+        for layer in [layer for layer in denoiser.modules() if isinstance(layer, BaseTunerLayer)]:
+            layer.merge(safe_merge=True)
+        recurse_remove_peft_layers(denoiser)
+    with unfinished_folder(output) as whole, writing(output):
+        try:
+            pipe.save_pretrained(whole)
+        except SafetensorError as error:  # its way to say that the system refused to write
+            number = re.search(r"\(os error (\d+)\)", str(error))
+            raise OSError(int(number[1]) if number else errno.EIO, str(error)) from error
         whole.replace(output)
     return output
 
@@ -192,24 +217,25 @@ def write_card(
 ) -> None:
     """Writes the model card: what the adapter was made from and how, and how to load it.
 
-    prompts: one for each image of the set; selection: how its images were chosen.
+    prompts: one for each image of the set; selection: how its images were chosen. The card may be published, so it
+    names no folder of this machine.
     """
-    embedded = model.name in EMBEDDED
-    base = f"model_folder({model.name!r})" if embedded else repr(model.name)
+    embedded, name = model.name in EMBEDDED, public_name(model.name)
+    base = f"model_folder({name!r})" if embedded else repr(name)
     imports = "from mitune.models import model_folder\n" if embedded else ""
-    load = f"pipe.load_lora_weights({str(folder)!r}, weight_name={WEIGHTS_FILE!r})"
+    load = f'pipe.load_lora_weights(".", weight_name={WEIGHTS_FILE!r})'
     if (folder / PEFT_CONFIG).exists():
         imports += "from peft import PeftModel\n"
-        load = f"pipe.transformer = PeftModel.from_pretrained(pipe.transformer, {str(folder)!r})"
+        load = 'pipe.transformer = PeftModel.from_pretrained(pipe.transformer, ".")'
     settings = "\n".join(f"| {name} | {value} |" for name, value in asdict(config).items())
     card = f"""---
-base_model: {json.dumps(model.name)}
+base_model: {json.dumps(name)}
 library_name: diffusers
 pipeline_tag: text-to-image
 tags: [{config.adapter}, lora, mitune]
 ---
 
-# A {"DoRA" if config.adapter == "dora" else "LoRA"} adapter for {model.name}
+# A {"DoRA" if config.adapter == "dora" else "LoRA"} adapter for {name}
 
 Fine-tuned with mitune on {len(prompts)} of the model's own images, for {len(set(prompts))} prompts.
 Images were chosen by: {selection}. Iterations skipped, as the loss was not finite: {skipped} of {config.iterations}.
@@ -218,7 +244,7 @@ Images were chosen by: {selection}. Iterations skipped, as the loss was not fini
 from diffusers import DiffusionPipeline
 {imports}
 pipe = DiffusionPipeline.from_pretrained({base})
-{load}
+{load}  # "." is the folder of this card
 ```
 
 | setting | value |
@@ -226,3 +252,9 @@ pipe = DiffusionPipeline.from_pretrained({base})
 {settings}
 """
     write_bytes(folder / CARD_FILE, card.encode())
+
+
+def public_name(model: str) -> str:
+    """A model's hub id or embedded name; of a folder or file on this machine, its last part alone."""
+    path = Path(model)
+    return path.resolve().name if path.is_absolute() or path.exists() else model

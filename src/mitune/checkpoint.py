@@ -1,4 +1,4 @@
-"""The state of a fine-tuning between two iterations: one safetensors file, with its numbers as JSON in the header."""
+"""The state of a fine-tuning between two iterations: one safetensors file, with its numbers as JSON in its notes."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from mitune.errors import MituneError
-from mitune.store import write_bytes
+from mitune.sealed import pack, unpack
+from mitune.store import read_again, write_bytes
+
+_NUMBERS = ("iterations", "skipped", "lost", "lost_in_a_row", "micro_batch_size")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -26,6 +26,9 @@ class TrainingState:
     average: dict[str, Tensor] | None = None  # exponential moving average of the parameters
     scaler: torch.amp.GradScaler | None = None  # of fp16
     iterations: int = 0  # done
+    skipped: int = 0  # of these, the ones without effect, because loss or gradient was not finite
+    lost: int = 0  # of these, the ones that were skipped or had a loss no working model has
+    lost_in_a_row: int = 0  # of the last ones
 
     def save(self, file: Path) -> None:
         """Writes the state, whole or not at all."""
@@ -34,20 +37,23 @@ class TrainingState:
         moments = self.optimizer.state_dict()["state"]  # by index; empty as long as every iteration was skipped
         for index, name in enumerate(self.parameters):
             tensors |= {f"{kind}/{name}": tensor for kind, tensor in moments.get(index, {}).items()}
-        header = {
-            "iterations": self.iterations,
-            "micro_batch_size": self.micro_batch_size,
-            "scaler": self.scaler.state_dict() if self.scaler else {},
+        numbers = {name: getattr(self, name) for name in _NUMBERS} | {
+            "scaler": self.scaler.state_dict() if self.scaler else {}
         }
-        contiguous = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        write_bytes(file, save(contiguous, metadata={"mitune": json.dumps(header)}))
+        write_bytes(file, pack(tensors, {"mitune": json.dumps(numbers)}))
 
     def load(self, file: Path) -> None:
-        """Returns to a saved state of the same model and settings. Raises MituneError if the file is damaged."""
-        header = _header(file)
+        """Returns to a saved state of the same model and settings, if there is one.
+
+        A damaged file is set aside, with a warning, and this state stays the first one.
+        """
+        found = read_again(file, _parse)
+        if found is None:
+            return
+        tensors, numbers = found
         moments: dict[int, dict[str, Tensor]] = {}
         order = {name: index for index, name in enumerate(self.parameters)}
-        for key, tensor in load_file(file).items():
+        for key, tensor in tensors.items():
             kind, _, name = key.partition("/")
             if kind == "weight":
                 self.parameters[name].data.copy_(tensor)
@@ -58,15 +64,13 @@ class TrainingState:
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         if self.scaler:
-            self.scaler.load_state_dict(header["scaler"])
-        self.micro_batch_size = min(self.micro_batch_size, header["micro_batch_size"])
-        self.iterations = header["iterations"]
+            self.scaler.load_state_dict(numbers["scaler"])
+        smallest = min(self.micro_batch_size, numbers["micro_batch_size"])
+        for name in _NUMBERS:
+            setattr(self, name, numbers[name])
+        self.micro_batch_size = smallest
 
 
-def _header(file: Path) -> dict[str, Any]:
-    try:
-        with safe_open(file, framework="pt") as opened:  # checks that the file is as long as its tensors need
-            header: dict[str, Any] = json.loads(opened.metadata()["mitune"])
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise MituneError(f"The checkpoint {file} is damaged; delete it to start this fine-tuning again.") from error
-    return header
+def _parse(content: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors, notes = unpack(content, ours=True)
+    return tensors, json.loads(notes["mitune"])

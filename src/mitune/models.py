@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -15,9 +13,10 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.loaders.single_file_utils import SingleFileComponentError
-from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 
+from mitune.adapter_file import adapter_checksum as adapter_checksum
+from mitune.adapter_file import load_adapter as load_adapter
 from mitune.calls import check_call
 from mitune.config import EMBEDDED, ModelConfig
 from mitune.denoiser import compile_denoiser, denoiser_of
@@ -195,38 +194,6 @@ def open_single_denoiser(config: ModelConfig, source: Source, index: Mapping[str
             torch_dtype=getattr(torch, config.dtype),
             **source.arguments,
         )
-
-
-def load_adapter(pipe: DiffusionPipeline, adapter: Path) -> None:
-    """Loads an adapter folder the ordinary way, and fails if it left no trace.
-
-    That is `load_lora_weights`, or PEFT's own for pipelines that have no such method (PixArt, HunyuanDiT).
-    """
-    if not adapter.is_dir():
-        raise ModelError(f"There is no adapter folder {adapter}; train one with `mitune train`.")
-    if not hasattr(pipe, "load_lora_weights"):
-        _load_with_peft(denoiser_of(pipe), adapter)
-        return
-    pipe.load_lora_weights(str(adapter))
-    if not pipe.get_active_adapters():
-        raise ModelError(f"{adapter} holds no weights that fit this model; it was trained for another one.")
-
-
-def _load_with_peft(denoiser: Any, adapter: Path) -> None:
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", "Found missing adapter keys")  # else random ones would take their place
-            PeftModel.from_pretrained(denoiser, str(adapter))  # in place: the pipeline goes on with the same module
-    except (OSError, ValueError, RuntimeError, UserWarning) as error:
-        raise ModelError(f"{adapter} holds no adapter that fits this model; it was trained for another one.") from error
-
-
-def adapter_checksum(adapter: Path | None) -> str:
-    """Of an adapter's weights; empty for none."""
-    if adapter is None:
-        return ""
-    weights = sorted(adapter.glob("*.safetensors"))
-    return hashlib.sha256(b"".join(file.read_bytes() for file in weights)).hexdigest()
 
 
 def nothing_but_nan(model: Model, prompts: int) -> ModelError:
