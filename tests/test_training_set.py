@@ -1,14 +1,21 @@
 """A set is read whole, or refused in a sentence that says what is wrong with it."""
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from mitune.adapter import public_name
+from mitune.config import FinetuneConfig, ModelConfig
 from mitune.errors import MituneError
-from mitune.training_set import TrainingSet
-from tests.sets import write_set
+from mitune.finetuning import finetune
+from mitune.identity import model_parts
+from mitune.seals import write_seal
+from mitune.training_set import TrainingSet, model_of
+from tests.sets import saved_pipeline, write_set
 from tests.tiny import PROMPTS
 
 
@@ -82,6 +89,9 @@ def _poison(latents):
         (_weight(-1.0), "must be finite and not negative"),
         (_weight(float("nan")), "must be finite and not negative"),
         (_weight("much"), "damaged fine-tuning set"),
+        (_cut("latents.safetensors"), "damaged fine-tuning set"),
+        (lambda folder: (folder / "metadata.jsonl").write_text("[]\n" * 6), "damaged fine-tuning set"),
+        (_latents(lambda _: torch.tensor(1.0)), "6 rows of metadata but 0 of latents"),
     ],
 )
 def test_bad_set_is_refused(damage, sentence, tmp_path):
@@ -89,3 +99,93 @@ def test_bad_set_is_refused(damage, sentence, tmp_path):
     damage(folder)
     with pytest.raises(MituneError, match=sentence):
         TrainingSet.read(folder)
+
+
+def sealed(folder, model):
+    write_seal(folder, made="fine-tuning set", model={"name": public_name(model.name), "parts": model_parts(model)})
+    return folder
+
+
+@pytest.fixture
+def made(tmp_path):
+    """Two models of one kind, and a set that the first has made."""
+    first, second = (saved_pipeline("sd", tmp_path / name / "tiny") for name in ("first", "second"))
+    file = tmp_path / "second" / "tiny" / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({name: 1.5 * tensor for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
+    return first, second, sealed(write_set("sd", tmp_path / "set"), first)
+
+
+SETTINGS = FinetuneConfig(rank=2, batch_size=2, iterations=1)
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "0.png", "seal.json"])
+@pytest.mark.parametrize("damage", ["missing", "changed"])
+def test_file_that_the_seal_misses(name, damage, tmp_path):
+    folder = write_set("sd", tmp_path / "set")
+    (folder / "0.png").write_bytes(b"a picture")
+    write_seal(folder, model={"name": "shapes-sd", "parts": {}})
+    assert TrainingSet.read(folder).made_by == {"name": "shapes-sd", "parts": {}}
+    if damage == "changed":
+        (folder / name).write_bytes((folder / name).read_bytes() + b" ?")
+    elif name == "seal.json":
+        return  # a set of somebody's own
+    else:
+        (folder / name).unlink()
+    sentence = rf"{name} of this fine-tuning set .*`mitune pool` or `mitune tune` command .* makes it again"
+    with pytest.raises(MituneError, match=sentence):
+        TrainingSet.read(folder)
+
+
+def test_set_of_another_model_is_refused(made, tmp_path):
+    first, second, folder = made
+    finetune(first, folder, tmp_path / "adapter", SETTINGS)
+    with pytest.raises(MituneError, match="made by another tiny, whose weights differ, and cannot train .*tiny; name"):
+        finetune(second, folder, tmp_path / "other", SETTINGS)
+    with pytest.raises(MituneError, match="The set was made by tiny and cannot train shapes-sd; name its own model"):
+        finetune(ModelConfig(device="cpu"), folder, tmp_path / "other", SETTINGS)
+    assert not (tmp_path / "other").exists()
+
+
+def test_going_on_with_other_weights_is_refused(made, tmp_path):
+    """A set without a seal leaves the question of who made it, but a folder is one model's."""
+    first, second, folder = made
+    (folder / "seal.json").unlink()
+    finetune(first, folder, tmp_path / "adapter", SETTINGS)
+    with pytest.raises(MituneError, match="other settings .*model.parts.unet"):
+        finetune(second, folder, tmp_path / "adapter", SETTINGS)
+    with pytest.raises(MituneError, match=r"other settings .*model\.dtype: \"float32\" there, \"bfloat16\" now"):
+        finetune(replace(first, dtype="bfloat16"), folder, tmp_path / "adapter", SETTINGS)
+    moved = Path(first.name).rename(tmp_path / "moved")
+    going_on = replace(SETTINGS, micro_batch_size=1, checkpoint_every=7)
+    assert finetune(replace(first, name=str(moved)), folder, tmp_path / "adapter", going_on).iterations == 1
+
+
+@pytest.mark.parametrize(("kind", "other"), [("sd", "sdxl"), ("sdxl", "sd"), ("sd3", "sd")])
+def test_shapes_of_another_model_are_refused(kind, other, tmp_path, caplog):
+    model, folder = saved_pipeline(kind, tmp_path / "model"), write_set(other, tmp_path / "set")
+    with pytest.raises(MituneError, match="The set does not fit the .* name the model that made it with --model"):
+        finetune(model, folder, tmp_path / "adapter", SETTINGS)
+    assert "has no seal.json" in caplog.text
+
+
+def test_latents_of_other_channels_are_refused(tmp_path):
+    model, folder = saved_pipeline("sd", tmp_path / "model"), write_set("sd", tmp_path / "set")
+    save_file({"latents": torch.randn(6, 16, 8, 8)}, folder / "latents.safetensors")
+    with pytest.raises(MituneError, match="The set does not fit the UNet2DConditionModel"):
+        finetune(model, folder, tmp_path / "adapter", SETTINGS)
+
+
+def test_model_of_a_set(tmp_path):
+    folder = write_set("sd", tmp_path / "set")
+    assert model_of(folder) is None
+    for name, opened_by in (("shapes-sd3", "shapes-sd3"), ("a/hub-id", "a/hub-id"), ("tiny", None)):
+        write_seal(folder, model={"name": name, "parts": {}})
+        assert model_of(folder) == opened_by
+
+
+def test_prompts_may_hold_any_end_of_a_line_but_their_own(tmp_path):
+    folder = write_set("sd", tmp_path / "set")
+    prompt = "a red\u2028ball\x85\u2029\x0b\x0c"
+    rows = [json.dumps({"prompt": prompt}, ensure_ascii=False)] * 6
+    (folder / "metadata.jsonl").write_text("\r\n".join(rows) + "\n\n", encoding="utf-8", newline="")
+    assert TrainingSet.read(folder).prompts == [prompt] * 6

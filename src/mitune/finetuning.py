@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, is_initialized
 
-from mitune.adapter import save_adapter, write_card
+from mitune.adapter import check_rank, save_adapter, write_card
 from mitune.adapter_file import PEFT_CONFIG, PEFT_WEIGHTS, WEIGHTS_FILE, adapter_checksum
 from mitune.components import Components
 from mitune.config import FinetuneConfig, ModelConfig
@@ -59,9 +59,7 @@ def finetune(
     when all is done. `output` also gets a model card and training.jsonl, one row an iteration.
     Raises MituneError for a damaged set, an `output` of other settings, or too little memory for a single image.
     """
-    device = device_of(model)
-    if config.precision == "fp16" and device.type == "cpu":
-        raise MituneError("finetune.precision = fp16 needs a GPU; set it to bf16 or no.")
+    device = _device(model, config)
     components, images = Components.of(model), TrainingSet.read(dataset)
     if not Path(parts_of(model)).is_dir() and not (output / "settings.json").exists():
         components.denoiser()  # onto this machine, so that its contents are known
@@ -83,6 +81,22 @@ def finetune(
         write_card(output, model, config, prompts=images.prompts, selection=images.selection, skipped=notes["skipped"])
     seconds = sum(row["seconds"] for row in rows_of(history))
     return FinetuneResult(output, notes["iterations"], notes["skipped"], seconds)
+
+
+def check_trainable(model: ModelConfig, config: FinetuneConfig, pipe: Any) -> None:
+    """Raises MituneError if `finetune` would refuse this model, opened as `pipe`, or the settings."""
+    _device(model, config)
+    components = Components.of(model)
+    text_encoders = components.text_encoder_names if config.text_encoder else []
+    for name in (components.denoiser_name, *text_encoders):
+        check_rank(getattr(pipe, name), config.rank)
+
+
+def _device(model: ModelConfig, config: FinetuneConfig) -> torch.device:
+    device = device_of(model)
+    if config.precision == "fp16" and device.type == "cpu":
+        raise MituneError("finetune.precision = fp16 needs a GPU; set it to bf16 or no.")
+    return device
 
 
 def _identity(

@@ -83,12 +83,15 @@ def resolve(
     file: Path | None = None,
     assignments: Sequence[str] = (),
     options: Nested | None = None,
+    defaults: Nested | None = None,
 ) -> Config:
     """The settings of a run: defaults, then a preset, a YAML file, `key=value` assignments, and given options.
 
+    defaults: in place of those of `Config`.
+
     Raises MituneError that names the preset, the file or the key at fault.
     """
-    merged: Nested = {}
+    merged: Nested = _merge({}, defaults or {})
     if preset is not None:
         if preset not in PRESETS:
             raise MituneError(f"Unknown preset {preset!r}; choose one of {', '.join(PRESETS)}.")

@@ -90,17 +90,13 @@ class TrainingSet:
 
 
 def model_of(folder: Path) -> str | None:
-    """The name of the model that made a set, to open it by; None if nobody knows.
+    """The name of the model that made a set, if it can be opened by that; of a folder, the place is not recorded.
 
-    Raises MituneError if the set is damaged, or if its model was a folder, whose place is not recorded.
+    Raises MituneError if the set is damaged.
     """
     made_by = _sealed_model(folder)
-    if made_by is None:
-        return None
-    name = str(made_by.get("name", "an unnamed model"))
-    if name not in EMBEDDED and "/" not in name:
-        raise MituneError(f"{folder} was made by {name}, a folder or file; name it with --model.")
-    return name
+    name = str(made_by.get("name")) if made_by else ""
+    return name if name in EMBEDDED or "/" in name else None
 
 
 def _sealed_model(folder: Path) -> Mapping[str, Any] | None:

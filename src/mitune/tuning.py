@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from mitune.config import Config, PoolConfig
 from mitune.errors import MituneError
 from mitune.evaluation import Variant, evaluate
-from mitune.finetuning import finetune
+from mitune.finetuning import check_trainable, finetune
 from mitune.identity import model_identity, settings_that_matter
 from mitune.locks import LOCK, sole_worker
 from mitune.metrics.judgment import Metric, metric_for
@@ -82,6 +82,7 @@ def tune(config: Config, run: Path, *, stages: Stages = silent) -> TuneResult:
     Raises MituneError for bad settings or prompts before anything is made, and if another process works on the run.
     """
     base = load_model(config.model)
+    check_trainable(config.model, config.finetune, base.pipe)
     prompts = [listed.text for listed in load_prompts(config.prompts, base.pipe)]
     metric = metric_for(config.model.name, prompts)
     if config.eval_prompts:

@@ -196,12 +196,21 @@ def train(
 ) -> None:
     """Fine-tune a LoRA or DoRA adapter on a set, from its cached latents and embeddings alone.
 
+    Without --model it is one for the model that made the set, as the set's seal has it.
+
     Example:  mitune train runs/color/sets/contrast --set finetune.adapter=dora -o runs/color/adapter
     """
-    from mitune.adapter import export_fused
+    from mitune.adapter import check_new, export_fused
     from mitune.finetuning import finetune
+    from mitune.training_set import model_of
 
-    config = settings_of(preset, config_file, assignments, {"model.name": model, "model.device": device})
+    made_by = model_of(dataset)
+    options = {"model.name": model, "model.device": device}
+    config = settings_of(preset, config_file, assignments, options, {"model": {"name": made_by}} if made_by else None)
+    if model is None and config.model.name == made_by:
+        console.print(f"The set was made by {made_by}; the adapter will be one for it.", markup=False)
+    if fused is not None:
+        check_new(fused)  # now rather than after the training
     with stage("Fine-tuning") as step:
         result = finetune(
             config.model,

@@ -65,7 +65,11 @@ RunFolder = Annotated[Path, Option("--run", "-r", help="Run folder; the same com
 
 
 def settings_of(
-    preset: str | None, file: Path | None, assignments: list[str] | None, options: dict[str, Any]
+    preset: str | None,
+    file: Path | None,
+    assignments: list[str] | None,
+    options: dict[str, Any],
+    defaults: dict[str, Any] | None = None,
 ) -> Config:
     """The resolved settings; options that were not given (None) leave the preset's or the file's value."""
     nested: dict[str, Any] = {}
@@ -73,7 +77,7 @@ def settings_of(
         if value is not None:
             section, _, name = key.rpartition(".")
             (nested.setdefault(section, {}) if section else nested)[name] = value
-    return resolve(preset=preset, file=file, assignments=assignments or (), options=nested)
+    return resolve(preset=preset, file=file, assignments=assignments or (), options=nested, defaults=defaults)
 
 
 def say(what: str, path: Path) -> None:
