@@ -119,3 +119,23 @@ def test_generate_and_score(tmp_path):
     right = mitune("score", picture, "a red circle and a blue square", "--heat-map", "map.png", cwd=tmp_path)
     assert "nats" in right
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_train_takes_the_model_that_made_the_set(tmp_path):
+    """shapes-sd3, though the default is another; which is refused, as is a picture that was changed."""
+    small = ["--set", "finetune.rank=2", "--set", "finetune.batch_size=2", "--set", "finetune.iterations=1"]
+    (tmp_path / "one.txt").write_text("a red circle\n")
+    few = ["-M", "2", "-s", "random", "--set", "model.steps=2", "--run", "run"]
+    mitune("pool", "-m", "shapes-sd3", "-p", "one.txt", *few, cwd=tmp_path)
+    shown = mitune("train", "run/sets/random", "-o", "adapter", *small, cwd=tmp_path)
+    assert "The set was made by shapes-sd3; the adapter will be one for it." in shown
+    assert 'base_model: "shapes-sd3"' in (tmp_path / "adapter" / "README.md").read_text(encoding="utf-8")
+    shown = mitune("train", "run/sets/random", "-m", "shapes-sd", "-o", "other", *small, cwd=tmp_path, status=2)
+    assert "The set was made by shapes-sd3 and cannot train shapes-sd; name its own model with --model." in shown
+    picture = next((tmp_path / "run" / "sets" / "random").glob("*.png"))
+    picture.write_bytes(picture.read_bytes()[:-9])
+    shown = mitune("train", "run/sets/random", "-o", "adapter", *small, cwd=tmp_path, status=2)
+    assert f"{picture.name} of this fine-tuning set are missing or damaged" in shown
+    mitune("pool", "-m", "shapes-sd3", "-p", "one.txt", *few, cwd=tmp_path)
+    mitune("train", "run/sets/random", "-o", "adapter", *small, cwd=tmp_path)

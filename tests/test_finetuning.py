@@ -461,5 +461,5 @@ def test_model_without_lora_loader_is_refused(tmp_path):
     (tmp_path / "model_index.json").write_text('{"_class_name": "DDPMPipeline", "unet": ["diffusers", "UNet2DModel"]}')
     with pytest.raises(ModelError, match="is a DDPMPipeline, which takes no prompt"):
         Components.of(ModelConfig(name=str(tmp_path)))
-    with pytest.raises(ModelError, match="Cannot open the model"):
+    with pytest.raises(ModelError, match="There is no model"):
         Components.of(ModelConfig(name=str(tmp_path / "nowhere")))

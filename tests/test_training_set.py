@@ -102,7 +102,8 @@ def test_bad_set_is_refused(damage, sentence, tmp_path):
 
 
 def sealed(folder, model):
-    write_seal(folder, made="fine-tuning set", model={"name": public_name(model.name), "parts": model_parts(model)})
+    made_by = {"name": public_name(model.name), "parts": model_parts(model)}
+    write_seal(folder, [file.name for file in folder.iterdir()], made="fine-tuning set", model=made_by)
     return folder
 
 
@@ -123,7 +124,7 @@ SETTINGS = FinetuneConfig(rank=2, batch_size=2, iterations=1)
 def test_file_that_the_seal_misses(name, damage, tmp_path):
     folder = write_set("sd", tmp_path / "set")
     (folder / "0.png").write_bytes(b"a picture")
-    write_seal(folder, model={"name": "shapes-sd", "parts": {}})
+    write_seal(folder, [file.name for file in folder.iterdir()], model={"name": "shapes-sd", "parts": {}})
     assert TrainingSet.read(folder).made_by == {"name": "shapes-sd", "parts": {}}
     if damage == "changed":
         (folder / name).write_bytes((folder / name).read_bytes() + b" ?")
@@ -165,7 +166,7 @@ def test_shapes_of_another_model_are_refused(kind, other, tmp_path, caplog):
     model, folder = saved_pipeline(kind, tmp_path / "model"), write_set(other, tmp_path / "set")
     with pytest.raises(MituneError, match="The set does not fit the .* name the model that made it with --model"):
         finetune(model, folder, tmp_path / "adapter", SETTINGS)
-    assert "has no seal.json" in caplog.text
+    assert "so nobody knows whether" in caplog.text
 
 
 def test_latents_of_other_channels_are_refused(tmp_path):
@@ -179,7 +180,7 @@ def test_model_of_a_set(tmp_path):
     folder = write_set("sd", tmp_path / "set")
     assert model_of(folder) is None
     for name, opened_by in (("shapes-sd3", "shapes-sd3"), ("a/hub-id", "a/hub-id"), ("tiny", None)):
-        write_seal(folder, model={"name": name, "parts": {}})
+        write_seal(folder, [], model={"name": name, "parts": {}})
         assert model_of(folder) == opened_by
 
 

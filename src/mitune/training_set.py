@@ -80,7 +80,7 @@ class TrainingSet:
     def check_model(self, name: str, denoiser: Mapping[str, str]) -> None:
         """Raises MituneError if another model made the images than the one with this denoiser: {part: SHA-256}."""
         if self.made_by is None:
-            log.warning("The set has no %s, so that nobody knows whether %s made its images.", SEAL, name)
+            log.warning("The set has no %s that names its model, so nobody knows whether %s made it.", SEAL, name)
             return
         parts = self.made_by["parts"]
         if any(parts.get(part) != digest for part, digest in denoiser.items()):
