@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from mitune.cli import app
 from mitune.cli.boundary import Commands, last_word
 from mitune.errors import MituneError
+from mitune.settings import PRESETS
 from mitune.stopping import Stopped
 from tests.tiny import tiny_sd
 
@@ -98,6 +99,13 @@ def test_help_ends_in_an_example():
         status, shown = invoke(*words, "--help")
         example = f"mitune {' '.join(words)} "
         assert status == 0 and "Example" in shown and example in shown.partition("Example")[2], words
+
+
+def test_help_says_which_models_presets_take():
+    _, shown = invoke("tune", "--help")
+    for name, preset in PRESETS.items():
+        assert name in shown and preset["model"]["name"] in shown
+    assert "hf auth login" in shown
 
 
 def test_arguments_that_are_no_text():

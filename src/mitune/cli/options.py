@@ -26,13 +26,7 @@ from mitune.settings import PRESETS, resolve
 
 console = Console(stderr=True)
 
-MODELS = ", ".join(f"{name} ({preset['model']['name']})" for name, preset in PRESETS.items())
-Preset = Annotated[
-    str | None,
-    Option(
-        help=f"Settings and a model by name: {MODELS}; of the last, accept the terms on the hub, and `hf auth login`."
-    ),
-]
+Preset = Annotated[str | None, Option(help=f"Settings and a model by name: {', '.join(PRESETS)}.")]
 ConfigFile = Annotated[Path | None, Option("--config", help="YAML file of settings, e.g. a run's config.yaml.")]
 Assignments = Annotated[
     list[str] | None,
