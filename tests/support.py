@@ -14,6 +14,7 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
     "scores given latents": ("test_scoring_afterwards",),
     "dropped candidates": ("test_pruning",),
     "pictures ↔ latents": ("test_pictures_and_latents",),
+    "in float16": ("test_pictures_and_latents_in_half_precision",),
     "pool and training": ("test_training",),
     "adapter": ("test_adapter",),
 }
@@ -78,7 +79,8 @@ def write(file: Path, outcomes: Mapping[tuple[str, str], str], refused: Sequence
         "- *scores given latents*: the network, called alone, repeats what it said in the pipeline.",
         "- *dropped candidates*: those that stay come out the same, bit for bit, where the network computes row by",
         "  row; in batches of another size its sums round otherwise.",
-        "- *pictures ↔ latents*: latents become the pipeline's own pictures, and pictures latents of that shape.",
+        "- *pictures ↔ latents*: latents become the pipeline's own pictures, bit for bit, and what its decoder is",
+        "  handed becomes the latents again; *in float16* likewise.",
         "- *pool and training*: from prompts to an adapter, which lowers the loss on the batch it was trained on.",
         "- *adapter*: how it is loaded. `PEFT`: diffusers has no adapters for this pipeline, so the folder is one for",
         "  `PeftModel.from_pretrained(pipe.transformer, folder)`.",

@@ -24,7 +24,7 @@ import torch
 from scipy.stats import rankdata
 from torch import Tensor
 
-from mitune.denoiser import denoiser_of, network_output
+from mitune.denoiser import denoiser_of, execution_device, network_output
 from mitune.generate import condition
 from mitune.information import alpha_sigma, epsilon_and_sample
 from mitune.models import Model
@@ -386,7 +386,7 @@ def gather(
     """
     texts = [prompt, *(text for kind in rivals for text in rivals[kind])]
     kinds = (ASKED, *(kind for kind in rivals for _ in rivals[kind]))
-    path, device = path_of(model.pipe.scheduler), model.pipe.device
+    path, device = path_of(model.pipe.scheduler), execution_device(model.pipe)
     conditioning = {name: value.to(device) for name, value in condition(model, texts, batch_size).items()}
     step = (LOG_SNR_RANGE[1] - LOG_SNR_RANGE[0]) / draws
     log_snr = LOG_SNR_RANGE[0] + step * (torch.arange(draws) + 0.5)

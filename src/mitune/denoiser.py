@@ -71,6 +71,12 @@ def denoiser_of(pipe: Any) -> nn.Module:
     )
 
 
+def execution_device(pipe: Any) -> torch.device:
+    """Where the pipeline computes. Its `device` is another one if it is offloaded: that of the parts which wait."""
+    device: torch.device = pipe._execution_device
+    return device
+
+
 def compile_denoiser(denoiser: nn.Module, device: torch.device) -> None:
     """Has torch.compile make fused kernels of the forward pass, at its first call with inputs of a shape; in place.
 

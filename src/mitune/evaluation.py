@@ -21,7 +21,7 @@ from mitune.identity import model_identity, settings_that_matter
 from mitune.information import SCORES
 from mitune.locks import sole_worker
 from mitune.metrics.judgment import Judgment, Metric
-from mitune.models import Model, adapter_checksum, load_model, nothing_but_nan
+from mitune.models import Model, adapter_checksum, guidance_name, load_model, nothing_but_nan
 from mitune.pictures import decode
 from mitune.seals import is_whole, write_seal
 from mitune.shapes.prompts import Listed
@@ -92,7 +92,7 @@ def _variant_table(
             log.warning("%s is judged again: in %s files are damaged, or its adapter is another.", variant.name, folder)
         model = load_model(config.model, adapter=variant.adapter)
         if variant.guidance_scale is not None:
-            model = replace(model, call=model.call | {"guidance_scale": variant.guidance_scale})
+            model = replace(model, call=model.call | {guidance_name(type(model.pipe)): variant.guidance_scale})
         with stages(variant) as progress:
             table = _judge_variant(config, model, variant, prompts, folder, metric, progress)
         write_table(folder / name, table)

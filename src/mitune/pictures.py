@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Generator, Tensor, nn
 
 from mitune.batches import called_through, texts_encoded_once
-from mitune.denoiser import denoiser_of
+from mitune.denoiser import denoiser_of, execution_device
 from mitune.errors import MituneError, ModelError
 from mitune.generate import quiet_pipelines
 from mitune.latent_map import PROBES, LatentMap, probes
@@ -102,7 +102,7 @@ def encode_images(pipe: Any, images: Sequence[Image.Image], call: Mapping[str, A
         if len(mapping.shape) == 4:
             pixels = pixels.unsqueeze(2)  # an autoencoder of films, which takes a picture for one of one frame
         chunks = [
-            _encoded(autoencoder, chunk.to(pipe._execution_device, torch.float32))
+            _encoded(autoencoder, chunk.to(execution_device(pipe), torch.float32))
             for chunk in pixels.split(max(1, AT_ONCE // (height * width)))
         ]
     encoded = torch.cat(chunks)

@@ -22,7 +22,7 @@ from torch import Tensor
 from mitune.assembly import SHOWN_PROMPTS, TABLE, Assembly
 from mitune.config import PoolConfig
 from mitune.contrast import COMBINATIONS, FIRST_STAGES, POST_HOC, post_hoc, rivals_of
-from mitune.denoiser import denoiser_of, rows_counted
+from mitune.denoiser import denoiser_of, execution_device, rows_counted
 from mitune.errors import MituneError
 from mitune.generate import Batch, Request, candidate_seed, default_batch_size, generate_all
 from mitune.identity import loaded_identity, settings_that_matter
@@ -122,7 +122,7 @@ class _BatchSize:
             return cls(config.batch_size, None)
         file = folder / "batch_size.json"
         found = read_again(file, _batch_size)
-        return cls(found or default_batch_size(model.pipe._execution_device), file)
+        return cls(found or default_batch_size(execution_device(model.pipe)), file)
 
     def note(self, used: int) -> None:
         self.value = used

@@ -33,7 +33,7 @@ from pathlib import Path
 import torch
 from torch import Generator, Tensor
 
-from mitune.denoiser import denoiser_of, network_output
+from mitune.denoiser import denoiser_of, execution_device, network_output
 from mitune.errors import MituneError
 from mitune.generate import condition
 from mitune.information import (
@@ -221,7 +221,7 @@ def _integrals(
     model: Model, latents: Tensor, prompts: Sequence[str], proposal: Proposal, draws: int, seed: int
 ) -> list[Tensor]:
     """Loss, orthogonal estimate against the first prompt, and confidence: (P, strata) each, to be averaged."""
-    path, device = path_of(model.pipe.scheduler), model.pipe.device
+    path, device = path_of(model.pipe.scheduler), execution_device(model.pipe)
     z0 = latents.to(device).expand(len(prompts), -1, -1, -1)
     predict = network(model, prompts)
     answers: list[Tensor] = []
@@ -256,7 +256,7 @@ def _integrals(
 
 def network(model: Model, prompts: Sequence[str]) -> Callable[[Tensor, Tensor], Tensor]:
     """ε̂ of latents (P, C, H, W), each with the prompt beside it, at one log-SNR."""
-    path, denoiser, device = path_of(model.pipe.scheduler), denoiser_of(model.pipe), model.pipe.device
+    path, denoiser, device = path_of(model.pipe.scheduler), denoiser_of(model.pipe), execution_device(model.pipe)
     conditioning = {name: value.to(device) for name, value in condition(model, prompts).items()}
 
     def predict(noisy: Tensor, log_snr: Tensor) -> Tensor:

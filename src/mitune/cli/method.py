@@ -253,6 +253,7 @@ def generate(
 
     mitune generate "a lighthouse at dawn" --preset mi-tune-sd21 --adapter runs/sd21/round-1/adapters/mi-tune
     """
+    from mitune.denoiser import execution_device
     from mitune.generate import Request, candidate_seed, default_batch_size, generate_all
     from mitune.information import SCORES
     from mitune.models import load_model
@@ -262,7 +263,7 @@ def generate(
     options = {"model.name": model, "model.guidance_scale": guidance_scale, "model.device": device}
     config = settings_of(preset, config_file, assignments, options)
     loaded = load_model(config.model, adapter=adapter)
-    batch_size = default_batch_size(loaded.pipe._execution_device)
+    batch_size = default_batch_size(execution_device(loaded.pipe))
     requests = [Request(prompt=p, seed=candidate_seed(seed, p, j)) for p in prompts for j in range(images)]
     done = 0
     with stage("Making images") as step:

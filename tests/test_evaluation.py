@@ -1,0 +1,36 @@
+"""The verdict's pictures, on pipelines whose guidance has another name."""
+
+from __future__ import annotations
+
+import pyarrow.parquet as pq
+import pytest
+
+from mitune.config import Config, EvalConfig, ModelConfig
+from mitune.evaluation import Variant, evaluate
+from mitune.metrics.judgment import Judgment
+from mitune.shapes.prompts import Listed
+from tests.families import CASES
+
+SCALES = {"base": None, "the same": 2.0, "more": 6.0}
+
+
+def judged(images, prompts):
+    return [
+        Judgment(exact=True, graded=1.0, malformed=False, missed=(), drawn=prompt)
+        for _, prompt in zip(images, prompts, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("family", ["Flux (true CFG)", "SD 1.x, 2.x base (epsilon)"])
+def test_guidance_scales(family, tmp_path):
+    """A variant's scale is that of the pass with the prompt: the model's own scale again gives the same images."""
+    case = CASES[family]
+    case.make().save_pretrained(tmp_path / "model")
+    model = ModelConfig(name=str(tmp_path / "model"), device="cpu", steps=3, guidance_scale=2.0, call=case.call)
+    config = Config(model=model, eval=EvalConfig(images=2, batch_size=2))
+    prompts = [Listed(text="a red ball", category="balls", split="test")]
+    variants = [Variant(name=name, guidance_scale=scale) for name, scale in SCALES.items()]
+    rows = pq.read_table(evaluate(config, prompts, variants, tmp_path / "eval", judged)).to_pylist()
+    found = {name: [row["information"] for row in rows if row["variant"] == name] for name in SCALES}
+    assert found["the same"] == found["base"]
+    assert all(one != other for one, other in zip(found["more"], found["base"], strict=True))
