@@ -11,6 +11,7 @@ from mitune.config import Config, EvalConfig, FinetuneConfig, ModelConfig, PoolC
 from mitune.errors import MituneError
 from mitune.locks import LOCK
 from mitune.models import model_folder
+from mitune.sealed import pack, unpack
 from mitune.tuning import judge_run, tune
 
 
@@ -107,9 +108,24 @@ def test_another_adapter_is_judged_again(tmp_path, caplog):
     variants = run / "eval" / "variants"
     before = {path.name: path.read_bytes() for path in variants.glob("*.json")}
     adapter = run / "round-1" / "adapters" / "self-confidence" / "pytorch_lora_weights.safetensors"
-    adapter.write_bytes(adapter.read_bytes()[:-4] + b"\0\0\0\0")
+    tensors, notes = unpack(adapter.read_bytes())
+    adapter.write_bytes(pack({name: 2 * tensor for name, tensor in tensors.items()}, notes))
     judge_run(config, run)
     assert "self-confidence is judged again" in caplog.text
     after = {path.name: path.read_bytes() for path in variants.glob("*.json")}
     assert {name for name in before if before[name] != after[name]} == {"self-confidence.json"}
     assert (run / LOCK).exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"rank": 129}, "finetune.rank = 129 is above the width of most layers of this UNet2DConditionModel, 128"),
+        ({"precision": "fp16"}, "finetune.precision = fp16 needs a GPU"),
+    ],
+)
+def test_training_that_cannot_be_is_refused_before_anything_is_made(tmp_path, changes, sentence):
+    config = tiny(tmp_path)
+    with pytest.raises(MituneError, match=sentence):
+        tune(replace(config, finetune=replace(config.finetune, **changes)), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
