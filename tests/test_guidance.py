@@ -2,6 +2,7 @@
 
 from copy import deepcopy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import diffusers
 import pytest
@@ -61,7 +62,9 @@ class TestSums:
 
     def test_anything_else(self, outputs):
         null, conditional = outputs
-        made = null + 3 * (conditional - null) + 0.1 * torch.randn(null.shape, generator=torch.Generator().manual_seed(1))
+        made = (
+            null + 3 * (conditional - null) + 0.1 * torch.randn(null.shape, generator=torch.Generator().manual_seed(1))
+        )
         assert [each.fits for each in sums(null, conditional, made)] == [False, False]
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -151,7 +154,9 @@ def prx():
         in_channels=4, patch_size=2, context_in_dim=HIDDEN, hidden_size=16, num_heads=2, depth=1, axes_dim=[4, 4]
     )
     vae = CASES["PixArt-alpha"].make().vae
-    return diffusers.PRXPipeline(transformer, flow(), t5(), tokenizer(), vae, default_sample_size=16)
+    pipe = diffusers.PRXPipeline(transformer, flow(), t5(), tokenizer(), vae, default_sample_size=16)
+    pipe.text_preprocessor = SimpleNamespace(clean_text=str.lower)  # its own needs a package
+    return pipe
 
 
 def kandinsky3():
@@ -222,7 +227,9 @@ def ltx_with_a_picture():
 WIDER = {
     "FLUX Kontext": (
         kontext,
-        PICTURE | TEXT | {"image": picture(), "true_cfg_scale": SCALE, "negative_prompt": ["", ""], "_auto_resize": False},
+        PICTURE
+        | TEXT
+        | {"image": picture(), "true_cfg_scale": SCALE, "negative_prompt": ["", ""], "_auto_resize": False},
         "where its scheduler takes latents",
     ),
     "LTX image to video": (
