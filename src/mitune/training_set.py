@@ -79,12 +79,11 @@ class TrainingSet:
 
     def check_model(self, name: str, denoiser: Mapping[str, str]) -> None:
         """Raises MituneError if another model made the images than the one with this denoiser: {part: SHA-256}."""
-        if self.made_by is None:
+        parts = self.made_by["parts"] if self.made_by else {}
+        if not denoiser.keys() <= parts.keys():
             log.warning("The set has no %s that names its model, so nobody knows whether %s made it.", SEAL, name)
-            return
-        parts = self.made_by["parts"]
-        if any(parts.get(part) != digest for part, digest in denoiser.items()):
-            made_by = str(self.made_by.get("name", "another model"))
+        elif any(parts[part] != digest for part, digest in denoiser.items()):
+            made_by = str((self.made_by or {}).get("name", "another model"))
             other = f"another {made_by}, whose weights differ," if Path(name).name == Path(made_by).name else made_by
             raise MituneError(f"The set was made by {other} and cannot train {name}; name its own model with --model.")
 
