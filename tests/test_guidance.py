@@ -1,5 +1,6 @@
 """That a model is read as its pipeline uses it: placed rightly, or refused, on pipelines of the real classes."""
 
+import functools
 from copy import deepcopy
 from dataclasses import replace
 from types import SimpleNamespace
@@ -276,6 +277,7 @@ def test_contrast_repeats_the_pipeline(monkeypatch):
     assert condition(model, PROMPTS)["encoder_hidden_states"].shape[0] == 2
     forward, calls = pipe.unet.forward, []
 
+    @functools.wraps(forward)
     def forgetful(*args, **kwargs):
         calls.append(1)
         output = forward(*args, **kwargs)
