@@ -155,6 +155,6 @@ def test_a_model_that_makes_nothing_but_nan_is_named(tmp_path, monkeypatch, coun
     prompts = [*PROMPTS, "a blue ball", "two cubes"][:count]
     spoil(monkeypatch, *prompts)
     half = Model(tiny_sd().to(torch.bfloat16), CALL, "tiny-sd")
-    with pytest.raises(MituneError, match=f"images of {min(count, 3)} prompts .* in bfloat16: .* set model.dtype"):
+    with pytest.raises(MituneError, match=f"candidate of {min(count, 3)} prompts .* in bfloat16: .* set model.dtype"):
         build_pool(half, prompts, tmp_path / "pool", CONFIG)
     assert len(list((tmp_path / "pool" / "records").glob("*.json"))) == min(count, 3)

@@ -80,7 +80,7 @@ class Assembly:
             return None
         table, checksum = pa.concat_tables(tables), records.checksum(count)
         if "ok" not in table["status"].to_pylist():
-            raise nothing_but_nan(self.model, count)
+            raise nothing_but_nan(self.model, f"Every candidate of {count} prompts")
         facts = {"model": {"name": Path(self.model.name).name, **self.made_by}, "records": checksum}
         of_sets = {slug: {"made": SET, "selection": slug, **facts} for slug in self.sets}
         wanting = {slug: target for slug, target in self.sets.items() if not is_whole(target, of_sets[slug])}

@@ -152,7 +152,7 @@ def _judge_variant(
             )
         progress(len(rows), len(requests))
     if broken == len(rows):
-        raise nothing_but_nan(model, len(prompts))
+        raise nothing_but_nan(model, f"Every image of {len(prompts)} prompts")
     if broken:
         log.warning("%s: %d of %d images came out as NaN and count as wrong.", variant.name, broken, len(rows))
     return pa.Table.from_pylist(rows)

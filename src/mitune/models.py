@@ -198,10 +198,10 @@ def open_single_denoiser(config: ModelConfig, source: Source, index: Mapping[str
         )
 
 
-def nothing_but_nan(model: Model, prompts: int) -> ModelError:
-    """What to say of a model whose images for so many prompts are all NaN."""
+def nothing_but_nan(model: Model, what: str) -> ModelError:
+    """What to say of a model where `what` is NaN throughout: which of its settings to change."""
     dtype = str(next(denoiser_of(model.pipe).parameters()).dtype).removeprefix("torch.")
     remedy = "its files or its settings are at fault; see what its pipeline makes without mitune."
     if dtype != "float32":
-        remedy = "its numbers overflow; set model.dtype to float32 (or bfloat16), with another folder."
-    return ModelError(f"All images of {prompts} prompts came out as NaN, with {model.name} in {dtype}: {remedy}")
+        remedy = "its numbers overflow; set model.dtype to float32 (or bfloat16), in another folder."
+    return ModelError(f"{what} came out as NaN, with {model.name} in {dtype}: {remedy}")

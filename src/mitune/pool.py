@@ -121,8 +121,9 @@ class _BatchSize:
         if config.batch_size is not None:
             return cls(config.batch_size, None)
         file = folder / "batch_size.json"
-        found = read_again(file, _batch_size)
-        return cls(found or default_batch_size(execution_device(model.pipe)), file)
+        size = cls(read_again(file, _batch_size) or default_batch_size(execution_device(model.pipe)), file)
+        size.note(size.value)
+        return size
 
     def note(self, used: int) -> None:
         self.value = used
@@ -202,7 +203,7 @@ class _Pool:
                     steps += current.steps
                     usable |= any(map(_is_finite, current.latents))
                     if not usable and left - len(todo) == PATIENCE:
-                        raise nothing_but_nan(self.model, PATIENCE)
+                        raise nothing_but_nan(self.model, f"Every candidate of {PATIENCE} prompts")
                     current = _Candidates()
             done += len(chunk)
             if progress:

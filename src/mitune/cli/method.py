@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -303,7 +304,7 @@ def score(
     """
     from PIL import Image
 
-    from mitune.models import load_model
+    from mitune.models import load_model, nothing_but_nan
     from mitune.scoring import save_heat_map
     from mitune.scoring import score as score_images
 
@@ -313,6 +314,8 @@ def score(
     result = score_images(
         loaded.pipe, [picture], [prompt], estimator=estimator, draws=draws, seed=seed, call=loaded.call
     )
+    if not math.isfinite(result.estimates[0].value):
+        raise nothing_but_nan(loaded, "The score")
     typer.echo(str(result.estimates[0]))
     if heat_map is not None:
         save_heat_map(heat_map, picture, result.maps[0])

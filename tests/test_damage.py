@@ -1,0 +1,93 @@
+"""Whatever happened to a file of a run, the same command makes it again, sets it aside, or names it in a sentence."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from mitune.errors import MituneError
+from mitune.locks import LOCK
+from mitune.tuning import tune
+from tests.test_tuning import tiny
+
+GARBLE = {
+    "empty": lambda _: b"",
+    "cut": lambda content: content[: len(content) // 2],
+    "changed": lambda content: content[: len(content) // 2] + b"\x9c" + content[len(content) // 2 + 1 :],
+    "of another kind": lambda _: b"[1, 2]",
+    "null": lambda _: b"null",
+    "zeros": lambda content: bytes(len(content)),
+    "folder": None,
+}
+NAMED = ("settings.json",)  # nobody knows what these said
+KEPT = ("cost.json", "report.html")  # which tell of every try
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """A folder with a run, and a copy of it."""
+    folder = tmp_path_factory.mktemp("whole")
+    tune(tiny(folder), folder / "run")
+    shutil.copytree(folder / "run", folder / "copy")
+    return folder
+
+
+@pytest.fixture
+def run(whole) -> Path:
+    """The run, as it was."""
+    shutil.rmtree(whole / "run")
+    shutil.copytree(whole / "copy", whole / "run")
+    return whole / "run"
+
+
+def contents(run: Path) -> dict[str, bytes]:
+    """Every file of a run that is a function of its settings."""
+    files = (path for path in run.rglob("*") if path.is_file() and ".damaged" not in str(path.relative_to(run)))
+    return {str(path.relative_to(run)): path.read_bytes() for path in files if path.name not in (*KEPT, LOCK)}
+
+
+def files_of_a_run() -> list[str]:
+    """One of each kind, as they lie in a run."""
+    pool, training, verdict = "round-1/pool", "round-1/adapters/self-confidence", "eval"
+    return [
+        "config.yaml", "settings.json", "cost.json", "report.html", f"{verdict}/settings.json",
+        f"{verdict}/images.parquet", f"{verdict}/variants/base.parquet", f"{verdict}/variants/base.json",
+        f"{verdict}/pictures/base/00000-0.png", f"{pool}/settings.json", f"{pool}/batch_size.json",
+        f"{pool}/candidates.parquet", f"{pool}/seal.json", f"{pool}/extremes/00000-000.png",
+        f"{pool}/records/00001.json", f"{pool}/records/00001.parquet", f"{pool}/records/00001.safetensors",
+        *(f"round-1/sets/self-confidence/{name}" for name in ("seal.json", "metadata.jsonl", "latents.safetensors")),
+        f"{training}/settings.json", f"{training}/README.md",
+    ]  # fmt: skip
+
+
+def test_every_kind_of_file_is_listed(whole):
+    def kind(name):
+        return Path(name).parent.name.replace("self-confidence", "base"), Path(name).suffix
+
+    listed = {kind(name) for name in files_of_a_run()} | {("checkpoint", ".safetensors")}
+    assert {kind(name) for name in contents(whole / "copy")} <= listed
+
+
+def garble(file: Path, how: str) -> None:
+    change = GARBLE[how]
+    if change is not None:
+        file.write_bytes(change(file.read_bytes()))
+    else:
+        file.unlink()
+        file.mkdir()
+        (file / "inner").touch()
+
+
+@pytest.mark.parametrize("how", ["changed", *(pytest.param(how, marks=pytest.mark.slow) for how in GARBLE)])
+@pytest.mark.parametrize("name", files_of_a_run())
+def test_a_garbled_file(whole, run, name, how):
+    garble(run / name, how)
+    try:
+        tune(tiny(whole), run)
+    except MituneError as error:
+        assert Path(name).name in NAMED or how == "folder", error
+        assert Path(name).name in str(error) and str(error).count(". ") == 0
+        return
+    before, after = contents(whole / "copy"), contents(run)
+    assert {name for name in before | after if before.get(name) != after.get(name)} == set()
+    assert (run / "report.html").is_file() and (run / "cost.json").is_file()
