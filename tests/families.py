@@ -47,6 +47,7 @@ class Case:
     told: Callable[[float], float] = lambda t: t  # what the denoiser is told at the scheduler's timestep t
     added: float = 0.0  # to the guidance scale
     makes: str = "pictures"
+    candidates: int = 3
     rescaled: bool = False  # the guided output gets the norm of the conditional one
 
 
@@ -484,7 +485,8 @@ def sound_embeddings() -> dict[str, Any]:
 
 PICTURE = {"height": 16, "width": 16}
 TEXT = {"max_sequence_length": TOKENS}
-SHORT = {"max_sequence_length": 3}  # as many places in the text as candidates: they must not be mistaken for rows
+SHORT = {"max_sequence_length": 3}  # as many places in the text as candidates: they must not be mistaken for rows;
+# T5 is the only one to read Chroma's prompts, whose longest has six tokens
 FREE = {"use_resolution_binning": False}
 UNCLEANED = {"clean_caption": False}
 
@@ -515,7 +517,13 @@ CASES: dict[str, Case] = {
         told=lambda t: t / 1000,
         rescaled=True,
     ),
-    "Chroma": Case(make=seeded(chroma), call=PICTURE | SHORT, separate=True, told=lambda t: t / 1000),
+    "Chroma": Case(
+        make=seeded(chroma),
+        call=PICTURE | {"max_sequence_length": 6},
+        separate=True,
+        told=lambda t: t / 1000,
+        candidates=6,
+    ),
     "Z-Image": Case(
         make=seeded(z_image),
         call=PICTURE | {"max_sequence_length": 16},

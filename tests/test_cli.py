@@ -6,6 +6,7 @@ import sys
 
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from tests.test_cli_errors import invoke
 
@@ -35,6 +36,9 @@ def folder(tmp_path_factory):
     (folder / "two.txt").write_text("a red circle\n\na blue square\n")
     (folder / "long.txt").write_text("a red circle, " * 20 + "\n")
     (folder / "empty.txt").write_text("")
+    (folder / "list.csv").write_text("Prompts,Category\na red circle,x\n,y\n")
+    (folder / "cut.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    Image.new("RGB", (1, 1)).save(folder / "dot.png")
     (folder / "dragon.txt").write_text("a red dragon\n")
     (folder / "no-model").mkdir()
     (folder / "full").mkdir()
@@ -51,6 +55,15 @@ def folder(tmp_path_factory):
         (["pool", "-p", "empty.txt"], "empty.txt holds no prompt"),
         (["pool", "-p", "two.txt"], "two.txt:2: the line is blank"),
         (["pool", "-p", "long.txt"], "long.txt:1:"),
+        (["pool", "-p", "list.csv"], "list.csv:3: the line is blank"),
+        (["pool", "-p", "list.csv", "--prompt-field", "text"], "list.csv:1: no field or column 'text'"),
+        (["generate", "a red circle", ""], "prompt 2: the line is blank"),
+        (["generate", "a red circle, " * 20], "a call of this model reads 16"),
+        (["score", "list.csv", "a red circle"], "list.csv cannot be read as a picture"),
+        (["score", "cut.png", "a red circle"], "cut.png cannot be read as a picture"),
+        (["score", "dot.png", "a red circle"], "1 × 1 pixels; the smallest that this model takes has 8 × 8"),
+        (["score", "dot.png", "a red circle, " * 20], "a call of this model reads 16"),
+        (["bench", "knows", "-p", "long.txt"], "long.txt:1:"),
         (["pool", "-p", "dragon.txt"], "does not know 'dragon'"),
         (["pool", "-p", "shapes:train/colour"], "categories: color"),
         (["pool", "-p", "one.txt", "-M", "2", "-k", "3"], "pool.keep = 3 must lie between 1 and pool.candidates = 2"),

@@ -188,7 +188,7 @@ def row_by_row(denoiser):
 def test_pruning(case):
     """All candidates but the last are dropped after the second step: the last comes out the same, bit for bit."""
     pipe = case.make()
-    count = 2 if "prompt" in case.call else 3
+    count = 2 if "prompt" in case.call else case.candidates
     batches = []
 
     def drop(probe):

@@ -15,7 +15,8 @@ from mitune.errors import GuidanceError, MituneError
 from mitune.information import UNITS, Estimate, LogisticProposal, RectifiedFlowProposal
 from mitune.path import path_of
 from mitune.pictures import encode_images
-from mitune.scoring import default_proposal, save_heat_map, score
+from mitune.scoring import default_proposal, grid_of, save_heat_map, score
+from tests.families import CASES
 from tests.sets import tiny_sdxl
 from tests.tiny import PROMPTS, SD3_CALL, tiny_sd, tiny_sd3
 
@@ -213,6 +214,39 @@ class TestImages:
         pipe = tiny_sd()
         direct = score(pipe, pictures(), PROMPTS, draws=4).draws
         assert torch.equal(direct, score(pipe, encode_images(pipe, pictures()), PROMPTS, draws=4).draws)
+
+    @pytest.mark.parametrize("mode", ["RGBA", "I;16", "P", "turned"])
+    def test_pictures_score_as_they_are_shown(self, mode):
+        """Transparent, 16-bit, with a palette, or turned by EXIF: the number is that of the plain picture."""
+        ramp = np.linspace(0, 255, 256).astype(np.uint8).reshape(16, 16)
+        plain = Image.fromarray(ramp).convert("RGB")
+        if mode == "RGBA":
+            given = Image.merge("RGBA", [Image.new("L", (16, 16))] * 3 + [Image.fromarray(255 - ramp)])
+        elif mode == "turned":
+            given = plain.transpose(Image.Transpose.ROTATE_90)
+            given.getexif()[0x0112] = 6
+        else:
+            given = Image.fromarray(ramp.astype(np.uint16) * 257) if mode == "I;16" else plain.convert("L").convert("P")
+        pipe = tiny_sd()
+        expected = score(pipe, [plain], PROMPTS[:1], draws=4).draws
+        assert torch.equal(score(pipe, [given], PROMPTS[:1], draws=4).draws, expected)
+
+    def test_sizes(self):
+        """Sides come down to the grid, of 8 pixels here; the map says which."""
+        pipe = tiny_sd()
+        scores = score(pipe, [Image.new("RGB", (29, 19), "red")], PROMPTS[:1], draws=4)
+        assert scores.maps.shape == (1, 8, 12)
+        with pytest.raises(MituneError, match="1 × 1 pixels; the smallest that this model takes has 8 × 8"):
+            score(pipe, [Image.new("RGB", (1, 1))], PROMPTS[:1], draws=4)
+
+    def test_grid(self):
+        """Eight pixels of the VAE, two latents of the transformer, as in SD3 and Flux."""
+        pipes = {
+            name: CASES[name].make() for name in ("SD3, SD3.5", "Flux (true CFG)", "Z-Image", "Qwen-Image", "Sana")
+        }
+        for pipe in pipes.values():
+            pipe.vae_scale_factor = 8
+        assert {name: grid_of(pipe) for name, pipe in pipes.items()} == dict.fromkeys(pipes, 16) | {"Sana": 8}
 
     def test_heat_map_is_a_picture(self, tmp_path: Path):
         file = tmp_path / "maps" / "red.png"

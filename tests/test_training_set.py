@@ -16,7 +16,7 @@ from mitune.identity import model_parts
 from mitune.seals import write_seal
 from mitune.training_set import TrainingSet, model_of
 from tests.sets import saved_pipeline, write_set
-from tests.tiny import PROMPTS
+from tests.tiny import PROMPTS, TOKENS
 
 
 def test_set_holds_what_was_written(tmp_path):
@@ -26,7 +26,7 @@ def test_set_holds_what_was_written(tmp_path):
     assert images.selection == "mi-tune"
     assert torch.equal(images.latents, load_file(folder / "latents.safetensors")["latents"])
     assert {name: tensor.shape for name, tensor in images.conditioning.items()} == {
-        "encoder_hidden_states": (6, 8, 16)
+        "encoder_hidden_states": (6, TOKENS, 16)
     }  # without the unconditional half
     assert torch.equal(images.weights, torch.ones(6))
 

@@ -15,7 +15,7 @@ from diffusers import (
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-TOKENS = 8
+TOKENS = 24  # room for words of which each letter is a token
 PROMPTS = ["a red ball", "two blue cubes"]
 WORDS = ("a", "red", "ball", "two", "blue", "cubes")
 SD3_CALL = {"max_sequence_length": 0}  # no third text encoder: without this, 256 rows of zeros

@@ -86,8 +86,8 @@ def constant_batches(pipe: Any, size: int) -> Iterator[None]:
             output = forward(*call.args, **call.kwargs)
             for i, whole in enumerate(made):
                 whole.append(prediction(output)[i * size : i * size + len(own)])
-        joined = _joined([piece for whole in made for piece in whole])
-        return (joined,) if isinstance(output, tuple) else type(output)(sample=joined)
+        predicted = joined([piece for whole in made for piece in whole])
+        return (predicted,) if isinstance(output, tuple) else type(output)(sample=predicted)
 
     with called_through(denoiser, in_parts):
         yield
@@ -112,7 +112,7 @@ def texts_encoded_once(pipe: Any, encoded: dict[Any, Any] | None = None) -> Iter
             keys.append((part, _key_of([*given[0], *given[1].values()])))
             if keys[-1] not in kept:
                 kept[keys[-1]] = forward(*given[0], **given[1])
-        return _joined([kept[key] for key in keys])
+        return joined([kept[key] for key in keys])
 
     with ExitStack() as stack:
         for name, part in pipe.components.items():
@@ -130,15 +130,15 @@ def _key_of(values: list[Any]) -> bytes:
     return b"|".join(parts)
 
 
-def _joined(parts: list[Any]) -> Any:
+def joined(parts: list[Any]) -> Any:
     """One output with the rows of all; a language model's cache, which no pipeline reads, stays the first one's."""
     first = parts[0]
     if isinstance(first, Tensor):
         return torch.cat(parts)
     if isinstance(first, Mapping):  # an output class of transformers
-        return type(first)(**{name: _joined([part[name] for part in parts]) for name in first})
+        return type(first)(**{name: joined([part[name] for part in parts]) for name in first})
     if isinstance(first, tuple):
-        return tuple(_joined(list(items)) for items in zip(*parts, strict=True))
+        return tuple(joined(list(items)) for items in zip(*parts, strict=True))
     if isinstance(first, list):
         return [item for part in parts for item in part]
     return first

@@ -67,7 +67,7 @@ def _remedy(pipe: Any, call: Mapping[str, Any]) -> str:
 def size_grid(pipe: Any) -> int:
     """Pixels that height and width must be multiples of: a cell of the VAE, times the denoiser's patches of these."""
     denoiser: Any = denoiser_of(pipe)
-    patch = denoiser.config.get("patch_size") or 1
+    patch = denoiser.config.get("patch_size") or denoiser.config.get("all_patch_size") or 1
     across = patch if isinstance(patch, int) else patch[-1]
     packed = 2 if hasattr(pipe, "_pack_latents") else 1  # by the pipeline, before the denoiser sees them
     return int(getattr(pipe, "vae_scale_factor", 8)) * max(across, packed)

@@ -54,9 +54,6 @@ class ModelConfig:
     guidance_scale: GuidanceScale | None = None
     steps: Annotated[int, Range(least=2, most=10_000)] | None = None
     call: dict[str, Any] = field(default_factory=dict)  # further arguments of the pipeline's call, e.g. height
-    # In place of the pipeline's own: name, a class of diffusers, and its options; e.g. {name: DDIMScheduler,
-    # timestep_spacing: trailing}, or --set model.scheduler.name=DDIMScheduler. Without a name, options of its own one.
-    scheduler: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         settle(self, "model")
@@ -166,8 +163,9 @@ class Config:
     pool: PoolConfig = field(default_factory=PoolConfig)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
-    prompts: str = "shapes:train"  # a text file, one prompt a line, or an embedded list
+    prompts: str = "shapes:train"  # a text file, one prompt a line, JSON lines, a table, or an embedded list
     eval_prompts: str | None = None  # None: no verdict
+    prompt_field: str | None = None  # JSON field or column of these files that holds the prompts; None: a guess
     rounds: Annotated[int, Range(least=1, most=1000)] = 1  # R
 
     def __post_init__(self) -> None:

@@ -30,6 +30,7 @@ from mitune.information import alpha_sigma, epsilon_and_sample
 from mitune.models import Model
 from mitune.negatives import hard_negatives, wider_negatives
 from mitune.path import NoisePath, path_of
+from mitune.reading import cut_texts
 
 LOG_SNR_RANGE = (-5.0, 2.0)  # where prompts are told apart: below, all is noise; above, the image tells by itself
 DRAWS = 8  # noise levels
@@ -367,6 +368,12 @@ def rivals_of(prompt: str, prompts: Sequence[str], *, seed: int = 0) -> dict[str
     }
 
 
+def read_whole(model: Model, rivals: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    """The rivals without those that a call of the model would cut: made of a long prompt, they may be longer still."""
+    cut = cut_texts(model.pipe, [text for kind in rivals for text in rivals[kind]], model.call)
+    return {kind: [text for text in texts if text not in cut] for kind, texts in rivals.items()}
+
+
 @torch.no_grad()
 def gather(
     model: Model,
@@ -459,7 +466,7 @@ def told_apart(
     found: list[list[bool]] = [[] for _ in prompts]
     for prompt in dict.fromkeys(prompts):
         rows = [row for row, other in enumerate(prompts) if other == prompt]
-        against = {NEGATIVES: rivals[prompt]}
+        against = read_whole(model, {NEGATIVES: rivals[prompt]})
         evidence = gather(model, latents[rows], prompt, against, draws=draws, seed=seed, batch_size=batch_size)
         for row, margins in zip(rows, evidence.margins, strict=True):
             found[row] = (margins > 0).tolist()
@@ -486,14 +493,14 @@ def post_hoc(
     """
     combination = COMBINATIONS.get(name)
     contrast = CONTRASTS[name] if combination is None else combination.contrast
+    needed = read_whole(model, {kind: rivals[kind] for kind in contrast.rivals})
     kept = torch.arange(len(latents))
     if combination is not None and combination.how == "two stages":
         first = free[combination.free].double()
         kept = _best(first, combination.kept(len(latents), keep))
         kept = kept[first[kept].isfinite()]
-        if not len(kept) or (contrast.rivals and not any(rivals[kind] for kind in contrast.rivals)):
+        if not len(kept) or (contrast.rivals and not any(needed.values())):
             return first
-    needed = {kind: rivals[kind] for kind in contrast.rivals}
     evidence = gather(model, latents[kept], prompt, needed, band=contrast.band, seed=seed, batch_size=batch_size)
     values = torch.full((len(latents),), math.nan, dtype=torch.float64)
     values[kept] = contrast.of_needed(evidence)

@@ -22,6 +22,7 @@ from mitune.conditioning import stack
 from mitune.information import SCORES, Trace
 from mitune.models import Model, prompted
 from mitune.probe import MIProbe
+from mitune.prompts import refuse_cut
 from mitune.racing import Race
 
 log = logging.getLogger(__name__)
@@ -117,8 +118,10 @@ def generate_all(
     """Runs of requests with what came of them, in order. Out of memory halves the batch from there on.
 
     With a race, the requests are all candidates of one prompt, then all of another, and so on. Raises MituneError at
-    the first denoising step if one of these on-line `scores` has no value at the steps of such a run.
+    once for prompts that a call of the model would cut, and at the first denoising step if one of these on-line
+    `scores` has no value at the steps of such a run.
     """
+    refuse_cut(model.pipe, list(dict.fromkeys(request.prompt for request in requests)), model.call)
 
     def on_step(probe: MIProbe) -> None:
         if probe.steps == 1:
@@ -152,7 +155,6 @@ def condition(model: Model, prompts: Sequence[str], batch_size: int = 64) -> dic
         some = list(prompts[start : start + batch_size])
         with calling(model.pipe, model.call), MIProbe(model.pipe) as probe, quiet_pipelines():
             model.pipe(generator=torch.Generator().manual_seed(0), **prompted(model.pipe, some, call))
-        probe.check_alone()
         told = probe.conditioning
         rows += [{name: tensor[row] for name, tensor in told.items()} for row in range(len(some))]
     return stack(rows)

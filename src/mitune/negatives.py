@@ -14,8 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from mitune.errors import MituneError
+from mitune.models import Model
+from mitune.reading import cut_texts
 from mitune.rewording import rewordings
 from mitune.shapes.grammar import COLORS, INVERSE, NUMBERS, SHAPES, TEXTURES, Phrase, Prompt, PromptError, parse
+from mitune.textfiles import read_lines
 
 OWN = "own"  # the kind of those from the user's file
 
@@ -40,32 +43,38 @@ def hard_negatives(prompt: str, own: Mapping[str, Sequence[Negative]] | None = N
         return [Negative(text, kind) for text, kind in reversed(found.items()) if text != prompt]
 
 
-def load_negatives(file: Path) -> dict[str, list[Negative]]:
+def load_negatives(file: Path, model: Model | None = None) -> dict[str, list[Negative]]:
     """Hard negatives by prompt from a file of JSON lines, {"prompt": "…", "negatives": ["…", …]}.
 
-    Raises MituneError that names the file and the line for anything else.
+    Raises MituneError that names the file and each bad line, with `model` also those with a text that a call of it
+    would cut.
     """
     if not file.is_file():
         raise MituneError(f'There is no file {file}; give JSON lines of {{"prompt": ..., "negatives": [...]}}.')
+    lines, faults = read_lines(file)
     found: dict[str, list[Negative]] = {}
-    for number, line in enumerate(file.read_bytes().splitlines(), start=1):
+    numbers: dict[str, int] = {}
+    for number, line in enumerate(lines, start=1):
         try:
             prompt, negatives = _read_line(line)
             if prompt in found:
                 raise ValueError(f"{prompt!r} stands in an earlier line already; put its negatives into one line")
         except ValueError as error:
-            raise MituneError(f"{file}:{number}: {error}.") from error
+            faults.add(number, str(error))
+            continue
+        numbers |= {text: numbers.get(text, number) for text in (prompt, *negatives)}
         found[prompt] = [Negative(text, OWN) for text in negatives]
+    for text, reading in (cut_texts(model.pipe, list(numbers), model.call) if model else {}).items():
+        faults.add(numbers[text], f"{text!r} has {reading}")
+    faults.refuse()
     if not found:
         raise MituneError(f'{file} is empty; write JSON lines of {{"prompt": ..., "negatives": [...]}}.')
     return found
 
 
-def _read_line(line: bytes) -> tuple[str, list[str]]:
+def _read_line(line: str) -> tuple[str, list[str]]:
     try:
-        entry: Any = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise ValueError("not UTF-8; save the file in UTF-8 encoding") from error
+        entry: Any = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"no JSON ({error.msg}); write one object in each line, and no blank lines") from error
     if not isinstance(entry, dict) or set(entry) != {"prompt", "negatives"}:

@@ -26,6 +26,7 @@ from mitune.batches import called_through, texts_encoded_once
 from mitune.denoiser import denoiser_of, execution_device
 from mitune.errors import MituneError, ModelError
 from mitune.generate import quiet_pipelines
+from mitune.image_files import as_shown
 from mitune.latent_map import PROBES, LatentMap, probes
 from mitune.models import Model, prompted
 
@@ -90,12 +91,13 @@ def encode_images(pipe: Any, images: Sequence[Image.Image], call: Mapping[str, A
     pipeline is used with. Raises MituneError for pictures that differ in size or have one that the pipeline does not
     make, and ModelError for a pipeline that has no autoencoder of pictures, or a way to it that cannot be turned round.
     """
+    images = [as_shown(image) for image in images]
     if len({image.size for image in images}) != 1:
         raise MituneError("The images differ in size; score those of one size together.")
     autoencoder, name = _autoencoder_of(pipe), type(pipe).__name__
     if autoencoder is None or not hasattr(pipe, "image_processor"):
         raise ModelError(f"{name} has no autoencoder that reads pictures; give latents as its denoiser sees them.")
-    pixels = pipe.image_processor.preprocess([image.convert("RGB") for image in images])
+    pixels = pipe.image_processor.preprocess(images)
     height, width = pixels.shape[-2:]
     with quiet_pipelines(), _in_float32(autoencoder):
         mapping = _map_of(pipe, autoencoder, call or {}, height, width)

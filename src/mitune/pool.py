@@ -31,6 +31,7 @@ from mitune.locks import one_of_many, waiting
 from mitune.metrics.judgment import Metric
 from mitune.models import Model, nothing_but_nan
 from mitune.pictures import decode
+from mitune.prompts import check_prompts
 from mitune.racing import Race, race_of
 from mitune.selection import ORACLE, Rule, apply, parse_rule, select
 from mitune.store import Records, claim, read_again, write_json
@@ -72,9 +73,10 @@ def build_pool(
     finds all records present writes the sets, as does each later call where files of a set are missing or damaged.
     `identity` is `model_identity` of the model; without it, the weights in memory are asked.
     Raises MituneError for an unknown selection, one that a race would starve, one without a value at the run's
-    steps, an oracle without a metric, a folder of other settings or of another process, something else in the place of
-    a set, or a model that makes nothing but NaN.
+    steps, an oracle without a metric, prompts that the model's call would cut, a folder of other settings or of another
+    process, something else in the place of a set, or a model that makes nothing but NaN.
     """
+    prompts = check_prompts(prompts, model)
     rules = [parse_rule(text, [*SCORES, *POST_HOC]) for text in config.select]
     if metric is None and any(rule.by == ORACLE for rule in rules):
         raise MituneError("pool.select names 'oracle', but this model comes with no judge; leave it out.")

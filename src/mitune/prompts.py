@@ -1,67 +1,108 @@
-"""Reads prompt lists, and refuses bad ones at the start, by file and line."""
+"""Reads prompt lists, and refuses bad ones at the start, with every bad line."""
 
 from __future__ import annotations
 
+import logging
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffusers import DiffusionPipeline
-
 from mitune.errors import MituneError
+from mitune.models import Model
+from mitune.prompt_files import Row, read_rows
+from mitune.reading import cut_texts
 from mitune.shapes.grammar import CATEGORIES
 from mitune.shapes.prompts import Listed, shapes_prompts
+from mitune.textfiles import Faults
+
+log = logging.getLogger(__name__)
 
 
-def load_prompts(source: str, pipe: DiffusionPipeline | None = None) -> list[Listed]:
-    """Prompts of a text file, one a line (a tab ends the prompt, as in T2I-CompBench), or of an embedded list.
+def load_prompts(source: str, model: Model | None = None, field: str | None = None) -> list[Listed]:
+    """Prompts of a file, or of an embedded list.
 
-    Embedded are `shapes:train` and `shapes:heldout`, whole or by category (`shapes:train/color`). With `pipe`, prompts
-    that its tokenizer would cut are refused. Raises MituneError that names the file and the line.
+    A file has one prompt a line (a tab ends it, as in T2I-CompBench), JSON lines, a JSON list, or a table with a header
+    (CSV, TSV); `field` names the JSON field or the column, else it is guessed, and said. A category column or field
+    gives the category, else the file's name. Embedded are `shapes:train` and `shapes:heldout`, whole or by category
+    (`shapes:train/color`). With `model`, prompts that a call of it would cut are refused. Repeats are dropped, with a
+    word.
+
+    Raises MituneError that names the file and each bad line.
     """
     if source.startswith("shapes:"):
-        try:
-            return shapes_prompts(source.removeprefix("shapes:"))
-        except KeyError as error:
-            raise MituneError(
-                f"There is no prompt list {source!r}; use shapes:train or shapes:heldout, with a category if you like "
-                f"(shapes:train/color; categories: {', '.join(CATEGORIES)})."
-            ) from error
-    path = Path(source)
-    if not path.is_file():
+        listed = _embedded(source)
+        if model is not None:
+            refuse_cut(model.pipe, [each.text for each in listed], model.call, source)
+        return listed
+    file = Path(source)
+    if not file.is_file():
         raise MituneError(
             f"There is no prompt file {source}; give a text file with one prompt a line, or shapes:train."
         )
-    try:
-        lines = path.read_bytes().decode("utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        number = path.read_bytes()[: error.start].count(b"\n") + 1
-        raise MituneError(f"{source}:{number}: not UTF-8; save the file in UTF-8 encoding.") from error
-    if not any(line.strip() for line in lines):
-        raise MituneError(f"{source} holds no prompt; write one a line.")
-    split = "unseen" if path.stem.endswith("_unseen") else "seen" if path.stem.endswith("_seen") else ""
-    category = path.stem
+    rows, faults = read_rows(file, field)
+    kept = _checked(rows, faults, model)
+    split = "unseen" if file.stem.endswith("_unseen") else "seen" if file.stem.endswith("_seen") else ""
+    category = file.stem
     for ending in ("_unseen", "_seen", "_val", "_train"):
         category = category.removesuffix(ending)
-    first_line: dict[str, int] = {}
-    for number, line in enumerate(lines, start=1):
-        prompt = line.split("\t")[0].strip()
-        if not prompt:
-            raise MituneError(f"{source}:{number}: the line is blank; delete it.")
-        if prompt in first_line:
-            raise MituneError(f"{source}:{number}: {prompt!r} stands in line {first_line[prompt]} already; delete one.")
-        if pipe is not None:
-            _check_length(f"{source}:{number}", prompt, pipe)
-        first_line[prompt] = number
-    return [Listed(prompt, category, split) for prompt in first_line]
+    return [Listed(row.text, row.category or category, split) for row in kept]
 
 
-def _check_length(where: str, prompt: str, pipe: DiffusionPipeline) -> None:
-    """Some pipelines have several text encoders; the one that takes most decides (SD3 reads the rest through T5)."""
-    tokenizers: list[Any] = [t for name, t in sorted(pipe.components.items()) if name.startswith("tokenizer") and t]
-    if not tokenizers:
-        return
-    longest = max(tokenizers, key=lambda tokenizer: int(tokenizer.model_max_length))
-    limit = min(int(longest.model_max_length), 512)
-    count = len(longest(prompt, truncation=False, verbose=False).input_ids)
-    if count > limit:
-        raise MituneError(f"{where}: {count} tokens, but this model's tokenizer takes {limit}; shorten the prompt.")
+def check_prompts(texts: Iterable[str], model: Model | None = None, source: str = "prompt") -> list[str]:
+    """Prompts that stand in no file, by the same rules: without repeats, and refused with their numbers."""
+    rows = [Row(number, text) for number, text in enumerate(texts, start=1)]
+    return [row.text for row in _checked(rows, Faults(source, " "), model)]
+
+
+def refuse_cut(pipe: Any, texts: Sequence[str], call: Mapping[str, Any], source: str = "prompt") -> None:
+    """Raises MituneError for texts that the pipeline's call would cut, with their numbers."""
+    faults = Faults(source, " ")
+    cut = cut_texts(pipe, texts, call)
+    for number, text in enumerate(texts, start=1):
+        if text in cut:
+            faults.add(number, str(cut[text]))
+    faults.refuse()
+
+
+def _embedded(source: str) -> list[Listed]:
+    try:
+        return shapes_prompts(source.removeprefix("shapes:"))
+    except KeyError as error:
+        raise MituneError(
+            f"There is no prompt list {source!r}; use shapes:train or shapes:heldout, with a category if you like "
+            f"(shapes:train/color; categories: {', '.join(CATEGORIES)})."
+        ) from error
+
+
+def _checked(rows: Sequence[Row], faults: Faults, model: Model | None) -> list[Row]:
+    """The rows without repeats. Raises MituneError with all faults, those that are known already included."""
+    first: dict[str, Row] = {}
+    repeats = [row for row in rows if first.setdefault(row.text, row) is not row and row.text]
+    for row in rows:
+        if (what := _fault(row.text)) is not None:
+            faults.add(row.number, what)
+    if model is not None:
+        good = [row for row in first.values() if row.number not in faults.found]
+        for text, reading in cut_texts(model.pipe, [row.text for row in good], model.call).items():
+            faults.add(first[text].number, str(reading))
+    faults.refuse()
+    if not first:
+        raise MituneError(f"{faults.source} holds no prompt; write one a line.")
+    if repeats:
+        where = [f"{faults.source}{faults.separator}{row.number}" for row in (repeats[0], first[repeats[0].text])]
+        log.warning("%s repeats %s; %d such repeats are left out.", *where, len(repeats))
+    return list(first.values())
+
+
+def _fault(text: str) -> str | None:
+    """What makes a text no prompt. Control characters are refused but for those that stand for a blank."""
+    if not text:
+        return "the line is blank; delete it"
+    for character in text:
+        kind = unicodedata.category(character)
+        if kind == "Cs":
+            return f"half of a surrogate pair ({ord(character):#06x}) is no character; write the whole one"
+        if kind == "Cc" and not character.isspace():
+            return f"the control character U+{ord(character):04X} stands in the prompt; delete it"
+    return None

@@ -19,9 +19,10 @@ from matplotlib.figure import Figure
 from PIL.Image import Image
 from torch import Generator, Tensor
 
-from mitune.calls import calling
+from mitune.calls import calling, size_grid
 from mitune.denoiser import denoiser_of, family_of, network_output
 from mitune.errors import MituneError
+from mitune.image_files import on_grid
 from mitune.information import (
     TRUNCATION,
     UNITS,
@@ -37,6 +38,7 @@ from mitune.models import guidance_name, prompted
 from mitune.path import NoisePath, path_of
 from mitune.pictures import encode_images
 from mitune.probe import MIProbe
+from mitune.prompts import refuse_cut
 from mitune.store import write_figure
 
 NOISINGS_A_STRATUM = 4  # two independent antithetic pairs
@@ -67,13 +69,15 @@ def score(
 ) -> ImageScores:
     """I(z₀; p) of each image with the prompt beside it, in nats; for self-confidence −‖ε̂_p − ε‖² per dimension.
 
-    images: N pictures, or latents (N, ...) as the denoiser sees them. prompts: N. draws: noisings of each image,
+    images: N pictures of one size, read as a viewer shows them, whose sides are brought down to a multiple of
+    `grid_of`; or latents (N, ...) as the denoiser sees them. prompts: N. draws: noisings of each image,
     a multiple of 4 (two antithetic pairs a stratum of λ). A seed gives all images the same noise, whatever the
     batch_size. proposal: where in λ; by default `default_proposal`. call: the arguments that the pipeline is used
     with, where they shape its conditioning (negative_prompt, max_sequence_length; for packed latents, films and sound
     also their size); others do no harm.
 
-    Raises MituneError for numbers that do not fit and for an unknown estimator or scheduler, and GuidanceError if the
+    Raises MituneError for numbers that do not fit, for pictures that are too small, for prompts that the call would
+    cut, and for an unknown estimator or scheduler; and GuidanceError if the
     model has no pass without the prompt.
     Source: eq. (1) of `mitune.information`; standard and orthogonal after ITD (Kong et al., 2024), self-confidence
     after SOLACE (arXiv 2603.00918).
@@ -84,8 +88,9 @@ def score(
         raise MituneError(f"draws = {draws} must be a multiple of {NOISINGS_A_STRATUM}; noise comes in pairs of pairs.")
     if estimator not in UNITS:
         raise MituneError(f"There is no estimator {estimator!r}; the known ones are {', '.join(UNITS)}.")
+    refuse_cut(pipe, prompts, call or {})
     path = path_of(pipe.scheduler)
-    latents = images if isinstance(images, Tensor) else encode_images(pipe, images, call)
+    latents = images if isinstance(images, Tensor) else encode_images(pipe, on_grid(images, grid_of(pipe)), call)
     packs = hasattr(pipe, "_pack_latents")
     if hasattr(pipe, "image_processor") and latents.ndim != (3 if packs else 4):
         wanted = "packed, (N, S, C)" if packs else "(N, C, H, W), not packed"
@@ -124,6 +129,11 @@ def _on_grid(maps: Tensor, call: Mapping[str, Any]) -> Tensor:
     return maps.reshape(len(maps), rows, -1) if rows and maps.shape[1] % rows == 0 else maps
 
 
+def grid_of(pipe: Any) -> int:
+    """Pixels that sides of pictures are multiples of: `size_grid`, and the eight that diffusers asks in any case."""
+    return math.lcm(size_grid(pipe), 8)
+
+
 def default_proposal(path: NoisePath) -> LogisticProposal:
     """Uniform in flow time over the λ that training has seen, without the clean end: σ/(α + σ) > `TRUNCATION`."""
     low, high = path.log_snr_range()
@@ -155,14 +165,12 @@ class _PipelineDenoiser:
         }
         accepted = inspect.signature(type(pipe).__call__).parameters
         if latents.ndim == 4 and "height" in accepted:
-            factor = getattr(pipe, "vae_scale_factor", 8)
-            ours["height"], ours["width"] = (factor * side for side in latents.shape[-2:])
+            ours["height"], ours["width"] = (pipe.vae_scale_factor * side for side in latents.shape[-2:])
         if "use_resolution_binning" in accepted:
             ours["use_resolution_binning"] = False
         arguments = {**prompted(pipe, prompts, call), **ours}
         with calling(pipe, arguments), MIProbe(pipe) as probe:
             pipe(**arguments)
-        probe.check_alone()
         self.null, self.conditional = probe.null_conditioning, probe.conditioning
         self.device = next(iter(self.null.values())).device
         # Texts may differ in length; then each has a call of its own, as also where the pipeline makes two.

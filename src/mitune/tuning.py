@@ -83,7 +83,7 @@ def tune(config: Config, run: Path, *, stages: Stages = silent) -> TuneResult:
     """
     base = load_model(config.model)
     check_trainable(config.model, config.finetune, base.pipe)
-    prompts = [listed.text for listed in load_prompts(config.prompts, base.pipe)]
+    prompts = [listed.text for listed in load_prompts(config.prompts, base, config.prompt_field)]
     metric = metric_for(config.model.name, prompts)
     if config.eval_prompts:
         _held_out(config, base)  # refused now rather than hours later
@@ -183,7 +183,7 @@ def judge_run(config: Config, run: Path, *, stages: Stages = silent) -> Path:
 
 def _held_out(config: Config, base: Model) -> tuple[list[Listed], Metric]:
     """The prompts to judge by, and the judge. Raises MituneError if the model comes with none."""
-    prompts = load_prompts(config.eval_prompts or config.prompts, base.pipe)
+    prompts = load_prompts(config.eval_prompts or config.prompts, base, config.prompt_field)
     metric = metric_for(config.model.name, [listed.text for listed in prompts])
     if metric is None:
         raise MituneError(

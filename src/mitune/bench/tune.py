@@ -86,7 +86,7 @@ def run_study(
         if config.eval_prompts is None:
             raise MituneError("A study of fine-tuning needs eval_prompts to judge by, e.g. shapes:heldout.")
         base, name = load_model(config.model), Path(config.model.name).name
-        prompts = load_prompts(config.eval_prompts, base.pipe)
+        prompts = load_prompts(config.eval_prompts, base, config.prompt_field)
         metric = metric_for(config.model.name, [listed.text for listed in prompts])
         if metric is None:
             raise MituneError(f"{config.model.name} comes with no exact judge; study an embedded model.")
@@ -259,7 +259,8 @@ def picks(configs: Sequence[Config], folder: Path, *, seeds: int) -> str:
     """How much of the way from a random choice to the judge's each selection goes, by category, as Markdown."""
     lines: list[str] = []
     for config in configs:
-        categories = {listed.text: listed.category for listed in load_prompts(config.prompts)}
+        prompts = load_prompts(config.prompts, field=config.prompt_field)
+        categories = {listed.text: listed.category for listed in prompts}
         names = [*dict.fromkeys(categories.values()), POOLED]
         if not lines:
             lines = [f"| model | picked by | {' | '.join(names)} |", f"|---|---|{'--:|' * len(names)}"]

@@ -10,7 +10,7 @@ import typer
 from typer import Option
 
 from mitune.cli.boundary import Commands
-from mitune.cli.options import Assignments, Device, Guidance, RunFolder, Selection, say, settings_of, stage
+from mitune.cli.options import Assignments, Device, Guidance, PromptField, RunFolder, Selection, say, settings_of, stage
 from mitune.config import ModelConfig
 from mitune.errors import MituneError
 
@@ -83,8 +83,10 @@ def bench_knows(
         list[float] | None, Option(help="Guidance scale; the model's own default if left out. Repeatable.")
     ] = None,
     prompts: Annotated[
-        str, Option("--prompts", "-p", help="Text file, one prompt a line, or an embedded list: shapes:heldout/color.")
+        str,
+        Option("--prompts", "-p", help="File as for `mitune tune`, or an embedded list: shapes:heldout/color."),
     ] = "shapes:heldout",
+    prompt_field: PromptField = None,
     negatives: Annotated[
         Path | None, Option(help='Hard negatives as JSON lines, {"prompt": ..., "negatives": [...]}; else by rule.')
     ] = None,
@@ -110,16 +112,20 @@ def bench_knows(
 
     from mitune.bench.knows import HEADER, knowledge, markdown, prediction
     from mitune.metrics.judgment import shapes_metric
+    from mitune.models import load_model
     from mitune.negatives import hard_negatives, load_negatives
     from mitune.prompts import load_prompts
     from mitune.store import write_bytes
 
-    own = load_negatives(negatives) if negatives is not None else None
+    models = _models(model, guidance_scale, device, assignments)
+    for loaded in map(load_model, models[:: len(guidance_scale or [1])]):  # each once: they may read texts unlike
+        listed = load_prompts(prompts, loaded, prompt_field)
+        own = load_negatives(negatives, loaded) if negatives is not None else None
     embedded = prompts.startswith("shapes:")
     with stage("Asking what is known") as step:
         found = knowledge(
-            _models(model, guidance_scale, device, assignments),
-            load_prompts(prompts),
+            models,
+            listed,
             run,
             negatives=lambda prompt: hard_negatives(prompt, own),
             metric=shapes_metric if embedded else None,

@@ -20,6 +20,7 @@ from mitune.cli.options import (
     Keep,
     ModelName,
     Preset,
+    PromptField,
     PromptSource,
     Race,
     RunFolder,
@@ -66,6 +67,7 @@ def tune(
     config_file: ConfigFile = None,
     model: ModelName = None,
     prompts: PromptSource = None,
+    prompt_field: PromptField = None,
     eval_prompts: Annotated[
         str | None, Option(help="Held-out prompts to judge by; needs a model with a judge.")
     ] = None,
@@ -95,8 +97,8 @@ def tune(
     """
     options = {
         "model.name": model, "model.guidance_scale": guidance_scale, "model.device": device, "prompts": prompts,
-        "eval_prompts": eval_prompts, "pool.candidates": candidates, "pool.keep": keep, "pool.select": select,
-        "pool.race": _rungs(race), "pool.seed": seed, "rounds": rounds,
+        "prompt_field": prompt_field, "eval_prompts": eval_prompts, "pool.candidates": candidates, "pool.keep": keep,
+        "pool.select": select, "pool.race": _rungs(race), "pool.seed": seed, "rounds": rounds,
     }  # fmt: skip
     _tune(settings_of(preset, config_file, assignments, options), run)
 
@@ -119,6 +121,7 @@ def pool(
     config_file: ConfigFile = None,
     model: ModelName = None,
     prompts: PromptSource = None,
+    prompt_field: PromptField = None,
     candidates: Candidates = None,
     keep: Keep = None,
     select: Selection = None,
@@ -145,12 +148,12 @@ def pool(
 
     options = {
         "model.name": model, "model.guidance_scale": guidance_scale, "model.device": device, "prompts": prompts,
-        "pool.candidates": candidates, "pool.keep": keep, "pool.select": select, "pool.seed": seed,
-        "pool.race": _rungs(race),
+        "prompt_field": prompt_field, "pool.candidates": candidates, "pool.keep": keep, "pool.select": select,
+        "pool.seed": seed, "pool.race": _rungs(race),
     }  # fmt: skip
     config, part = settings_of(preset, config_file, assignments, options), _parse_shard(shard)
     loaded = load_model(config.model, adapter=adapter)
-    texts = [listed.text for listed in load_prompts(config.prompts, loaded.pipe)]
+    texts = [listed.text for listed in load_prompts(config.prompts, loaded, config.prompt_field)]
     with stage("Making and scoring candidates") as step:
         result = build_pool(
             loaded,
@@ -259,11 +262,13 @@ def generate(
     from mitune.information import SCORES
     from mitune.models import load_model
     from mitune.pictures import decode
+    from mitune.prompts import check_prompts
     from mitune.store import write_image
 
     options = {"model.name": model, "model.guidance_scale": guidance_scale, "model.device": device}
     config = settings_of(preset, config_file, assignments, options)
     loaded = load_model(config.model, adapter=adapter)
+    prompts = check_prompts(prompts, loaded)
     batch_size = default_batch_size(execution_device(loaded.pipe))
     requests = [Request(prompt=p, seed=candidate_seed(seed, p, j)) for p in prompts for j in range(images)]
     done = 0
@@ -302,17 +307,24 @@ def score(
 
     Example:  mitune score images/001-001.png "a red circle and a blue square" --model shapes-sd --heat-map map.png
     """
-    from PIL import Image
-
+    from mitune.image_files import read_picture
     from mitune.models import load_model, nothing_but_nan
+    from mitune.prompts import check_prompts
     from mitune.scoring import save_heat_map
     from mitune.scoring import score as score_images
 
     config = settings_of(preset, config_file, assignments, {"model.name": model, "model.device": device})
+    picture = read_picture(image)
     loaded = load_model(config.model, adapter=adapter)
-    picture = Image.open(image).convert("RGB")
+    texts = check_prompts([prompt], loaded)
     result = score_images(
-        loaded.pipe, [picture], [prompt], estimator=estimator, draws=draws, seed=seed, call=loaded.call
+        loaded.pipe,
+        [picture],
+        texts,
+        estimator=estimator,
+        draws=draws,
+        seed=seed,
+        call=loaded.call,
     )
     if not math.isfinite(result.estimates[0].value):
         raise nothing_but_nan(loaded, "The score")
@@ -325,6 +337,7 @@ def score(
 def evaluate(
     run: Annotated[Path, Argument(exists=True, file_okay=False, help="A run folder with adapters.")],
     prompts: PromptSource = None,
+    prompt_field: PromptField = None,
     images: Annotated[int | None, Option("--images", "-n", help="Images a prompt.")] = None,
     guidance: Annotated[
         list[float] | None, Option(help="Also judge the base at this guidance scale. Repeatable.")
@@ -346,7 +359,8 @@ def evaluate(
         guidance_scales=tuple(guidance or config.eval.guidance_scales),
     )
     source = prompts or config.eval_prompts or "shapes:heldout"
-    judge_run(replace(config, eval=judged, eval_prompts=source), run, stages=stage)
+    field = prompt_field or config.prompt_field
+    judge_run(replace(config, eval=judged, eval_prompts=source, prompt_field=field), run, stages=stage)
     console.print(headline(run), soft_wrap=True)
     say("Report", build_report(run))
 

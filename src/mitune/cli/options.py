@@ -37,7 +37,15 @@ ModelName = Annotated[
 ]
 Guidance = Annotated[float | None, Option(help="Guidance scale; the model's own default if left out.")]
 PromptSource = Annotated[
-    str | None, Option("--prompts", "-p", help="Text file, one prompt a line, or an embedded list: shapes:train/color.")
+    str | None,
+    Option(
+        "--prompts",
+        "-p",
+        help="File with one prompt a line, JSON lines, or a CSV or TSV table; or an embedded list: shapes:train/color.",
+    ),
+]
+PromptField = Annotated[
+    str | None, Option(help="JSON field or column that holds the prompts, where the file has several; else a guess.")
 ]
 Candidates = Annotated[int | None, Option("--candidates", "-M", help="Images made for each prompt (M).")]
 Keep = Annotated[int | None, Option("--keep", "-k", help="Images kept for each prompt (k).")]

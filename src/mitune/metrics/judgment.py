@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from mitune.config import EMBEDDED
+from mitune.image_files import as_shown
 from mitune.shapes.grammar import parse
 from mitune.shapes.judge import judge
 
@@ -29,7 +30,7 @@ Metric = Callable[[Sequence[Image.Image], Sequence[str]], list[Judgment]]
 
 def shapes_metric(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[Judgment]:
     """The exact judge of the shapes world."""
-    verdicts = [judge(np.asarray(image), prompt) for image, prompt in zip(images, prompts, strict=True)]
+    verdicts = [judge(np.asarray(as_shown(image)), prompt) for image, prompt in zip(images, prompts, strict=True)]
     scenes = ["; ".join(map(str, verdict.scene)) for verdict in verdicts]
     return [
         Judgment(graded=v.graded, exact=v.exact, malformed=v.malformed, missed=v.missed, drawn=scene)

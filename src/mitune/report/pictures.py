@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from mitune.errors import MituneError
+from mitune.image_files import read_picture
 
 CARDS = 24  # prompts with pictures, in turn from each category
 COLUMNS = 6  # pictures of a prompt and variant
@@ -146,11 +147,7 @@ def _picture(path: Path, row: Row, lines: tuple[str, ...]) -> Picture:
 def _embed(path: Path) -> tuple[str, bool]:
     """A picture file as a data URI, and whether it is small enough to be enlarged pixel by pixel."""
     buffer = io.BytesIO()
-    try:
-        with Image.open(path) as opened:
-            picture = opened.convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
-        raise MituneError(f"{path} cannot be read as a picture ({error}); delete it, or make it again.") from error
+    picture = read_picture(path)
     pixelated = max(picture.size) <= PIXELATED
     kind = "png" if pixelated else "webp"
     picture.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
