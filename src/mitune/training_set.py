@@ -81,9 +81,9 @@ class TrainingSet:
         """Raises MituneError if another model made the images than the one with this denoiser: {part: SHA-256}."""
         parts = self.made_by["parts"] if self.made_by else {}
         # Without the list of parts it was a pipeline in memory, whose weights have other checksums than files.
-        if not {"pipeline", *denoiser} <= parts.keys():
+        if "pipeline" not in parts:
             log.warning("The set has no %s with its model's files, so nobody knows whether %s made it.", SEAL, name)
-        elif any(parts[part] != digest for part, digest in denoiser.items()):
+        elif any(parts.get(part) != digest for part, digest in denoiser.items()):
             made_by = str((self.made_by or {}).get("name", "another model"))
             other = f"another {made_by}, whose weights differ," if Path(name).name == Path(made_by).name else made_by
             raise MituneError(f"The set was made by {other} and cannot train {name}; name its own model with --model.")
