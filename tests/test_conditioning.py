@@ -17,7 +17,8 @@ def same(found, expected):
 
 ARGUMENTS = {
     "encoder_hidden_states": torch.randn(4, 3, 2),
-    "added_cond_kwargs": {"text_embeds": torch.randn(4, 5), "scale": torch.tensor(2.0)},
+    "added_cond_kwargs": {"text_embeds": torch.randn(4, 5), "scale": torch.tensor(2.0), "size": 3},
+    "cross_attention_kwargs": {"scale": 0.5, "inner": {"names": ["a", "b"]}},
     "img_ids": torch.randn(4, 3),  # as many places as rows, but the same for all
     "image_rotary_emb": (torch.randn(6, 2), torch.randn(6, 2)),
     "img_shapes": [[[1, 2, 2]]],
@@ -36,8 +37,12 @@ def test_there_and_back():
         "added_cond_kwargs": {
             "text_embeds": ARGUMENTS["added_cond_kwargs"]["text_embeds"][[2, 0]],
             "scale": torch.tensor(2.0),
+            "size": 3,
         },
-        **{name: ARGUMENTS[name] for name in ("img_ids", "image_rotary_emb", "img_shapes", "height")},
+        **{
+            name: ARGUMENTS[name]
+            for name in ("img_ids", "image_rotary_emb", "img_shapes", "height", "cross_attention_kwargs")
+        },
     }
     assert same(unflatten(flat), expected)
     one = stack([{name: value[row] for name, value in flat.items()} for row in range(2)])

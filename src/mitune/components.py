@@ -17,6 +17,7 @@ from mitune.hub import Source, source_of
 from mitune.layout import check_files, read_index
 from mitune.loading import opening
 from mitune.models import open_pipeline, open_single_denoiser, parts_of
+from mitune.schedulers import scheduler_for
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +74,13 @@ class Components:
         return module
 
     def scheduler(self) -> Any:
-        """The scheduler that the pipeline comes with."""
+        """The scheduler that the pipeline is used with."""
         _, name = self.index["scheduler"]
         with opening(self.config):
-            return getattr(diffusers, name).from_pretrained(
+            shipped = getattr(diffusers, name).from_pretrained(
                 self.source.place, subfolder="scheduler", **self.source.arguments
             )
+        return scheduler_for(self.config, shipped)
 
     def text_pipeline(self) -> Any:
         """The pipeline with its tokenizers and text encoders only, on the CPU: enough for `encode_prompt`."""

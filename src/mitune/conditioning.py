@@ -8,7 +8,7 @@ The name of a tensor says how it is handed on:
     image_rotary_emb.0=            an item of a tuple of such
     cap_feats[]                    a list with one tensor a row
     cap_feats[]#                   (B,) the length of each row, where they differ; −1 where the argument is None
-    =                              JSON of the arguments that are no tensors, as bytes
+    =                              JSON of the arguments that are no tensors, also those in mappings, as bytes
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def flatten(
     tensor a row. Raises ModelError for a tensor with rows inside a list, such as the residuals of a ControlNet.
     """
     flat = _tensors(arguments, "", rows, picked, shared, listed)
-    if plain := {name: value for name, value in arguments.items() if _is_plain(value) and name != "return_dict"}:
+    if plain := _plain({name: value for name, value in arguments.items() if name != "return_dict"}):
         encoded = torch.frombuffer(bytearray(json.dumps(plain).encode()), dtype=torch.uint8)
         flat[_PLAIN] = encoded.expand(len(picked), -1)
     return flat
@@ -53,6 +53,11 @@ def _tensors(
             value = value.detach()
             if key not in shared and _has_rows(value, rows):
                 flat[name] = value[picked.to(value.device)]
+            elif key not in shared and value.ndim > 2 and value.shape[1] == rows:
+                raise ModelError(
+                    f"The denoiser takes {name} with the candidates in its second dimension, which cannot be kept one "
+                    "by one; score on-line alone."
+                )
             else:
                 flat[name + SHARED] = value.expand(len(picked), *value.shape)
         elif isinstance(value, Mapping):
@@ -79,6 +84,18 @@ def _holds_tensors(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and any(isinstance(item, Tensor) for item in value)
 
 
+def _plain(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What is plain in the arguments, and in mappings among them."""
+    plain: dict[str, Any] = {}
+    for name, value in arguments.items():
+        if isinstance(value, Mapping):
+            if inner := _plain(value):
+                plain[name] = inner
+        elif _is_plain(value):
+            plain[name] = value
+    return plain
+
+
 def _is_plain(value: Any) -> bool:
     """A number, a text, or a sequence of plain values."""
     if isinstance(value, (list, tuple)):
@@ -91,7 +108,7 @@ def unflatten(conditioning: Mapping[str, Tensor]) -> dict[str, Any]:
     nested: dict[str, Any] = {}
     for name, value in conditioning.items():
         if name == _PLAIN:
-            nested |= json.loads(bytes(value[0].tolist()))
+            nested = _merged(nested, json.loads(bytes(value[0].tolist())))
             continue
         if name.endswith(LENGTHS):
             continue
@@ -106,6 +123,11 @@ def unflatten(conditioning: Mapping[str, Tensor]) -> dict[str, Any]:
         else:
             inner[last] = value[0] if name.endswith(SHARED) else value
     return {name: _as_tuple(value) for name, value in nested.items()}
+
+
+def _merged(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    both = one.keys() & other.keys()
+    return one | other | {name: _merged(one[name], other[name]) for name in both}
 
 
 def _as_tuple(value: Any) -> Any:

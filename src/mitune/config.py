@@ -54,6 +54,9 @@ class ModelConfig:
     guidance_scale: GuidanceScale | None = None
     steps: Annotated[int, Range(least=2, most=10_000)] | None = None
     call: dict[str, Any] = field(default_factory=dict)  # further arguments of the pipeline's call, e.g. height
+    # In place of the pipeline's own: name, a class of diffusers, and its options; e.g. {name: DDIMScheduler,
+    # timestep_spacing: trailing}, or --set model.scheduler.name=DDIMScheduler. Without a name, options of its own one.
+    scheduler: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         settle(self, "model")

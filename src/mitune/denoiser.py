@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -25,6 +25,7 @@ class Family:
     timestep_name: str = "timestep"
     timestep_factor: float = 1.0  # the denoiser is told factor · t + offset, t the scheduler's timestep
     timestep_offset: float = 0.0
+    timestep_setting: str | None = None  # of the denoiser's configuration, a further factor
     negated: bool = False  # the pipeline turns the output's sign before the scheduler takes it
     added_guidance: float = 0.0  # guidance is null + (scale + added) · (conditional − null)
     shared: tuple[str, ...] = ()  # arguments without a batch dimension
@@ -37,11 +38,15 @@ _FAMILIES: Mapping[str, Family] = MappingProxyType(
         "ChromaTransformer2DModel": Family(separate_calls=True, timestep_factor=1e-3, shared=_POSITIONS),
         "CogView4Transformer2DModel": Family(separate_calls=True),
         "FluxTransformer2DModel": Family(separate_calls=True, timestep_factor=1e-3, shared=_POSITIONS),
+        "HiDreamImageTransformer2DModel": Family(timestep_name="timesteps", negated=True),
         "HunyuanDiT2DModel": Family(shared=("image_rotary_emb",)),
+        "Kandinsky3UNet": Family(added_guidance=1.0),
         "Lumina2Transformer2DModel": Family(
             separate_calls=True, timestep_factor=-1e-3, timestep_offset=1.0, negated=True
         ),
+        "PRXTransformer2DModel": Family(timestep_factor=1e-3),
         "QwenImageTransformer2DModel": Family(separate_calls=True, timestep_factor=1e-3),
+        "SanaTransformer2DModel": Family(timestep_setting="timestep_scale"),
         "WanTransformer3DModel": Family(separate_calls=True),
         "ZImageTransformer2DModel": Family(
             conditional_first=True, listed=True, timestep_name="t", timestep_factor=-1e-3, timestep_offset=1.0,
@@ -105,7 +110,10 @@ def rows_counted(denoiser: nn.Module) -> Iterator[list[int]]:
 
 def family_of(denoiser: Any) -> Family:
     """The row of the table for this denoiser; that of SD and SD3 if it has none of its own."""
-    return _FAMILIES.get(type(denoiser).__name__, Family())
+    family = _FAMILIES.get(type(denoiser).__name__, Family())
+    if family.timestep_setting is None:
+        return family
+    return replace(family, timestep_factor=family.timestep_factor * float(denoiser.config[family.timestep_setting]))
 
 
 def as_tensor(value: Tensor | list[Tensor]) -> Tensor:

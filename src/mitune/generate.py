@@ -155,6 +155,7 @@ def condition(model: Model, prompts: Sequence[str], batch_size: int = 64) -> dic
         some = list(prompts[start : start + batch_size])
         with calling(model.pipe, model.call), MIProbe(model.pipe) as probe, quiet_pipelines():
             model.pipe(generator=torch.Generator().manual_seed(0), **prompted(model.pipe, some, call))
+        probe.check_alone()
         told = probe.conditioning
         rows += [{name: tensor[row] for name, tensor in told.items()} for row in range(len(some))]
     return stack(rows)

@@ -24,6 +24,7 @@ from mitune.errors import ModelError, first_line
 from mitune.hub import Source, source_of
 from mitune.layout import check_files, read_index
 from mitune.loading import check_complete, opening
+from mitune.schedulers import scheduler_for
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +126,7 @@ def load_model(config: ModelConfig, *, adapter: Path | None = None) -> Model:
             "the pass without the prompt, and mutual information needs both."
         )
     pipe = open_pipeline(config, source, index)
+    pipe.scheduler = scheduler_for(config, pipe.scheduler)
     if adapter is not None:
         load_adapter(pipe, adapter)
     if config.compile:

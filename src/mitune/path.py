@@ -12,13 +12,19 @@ from typing import Any
 
 import torch
 from diffusers import (
+    CogVideoXDDIMScheduler,
+    CogVideoXDPMScheduler,
     DDIMInverseScheduler,
+    DDIMParallelScheduler,
+    DDIMScheduler,
     DPMSolverMultistepInverseScheduler,
+    DPMSolverSDEScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
     FlowMatchLCMScheduler,
     KDPM2AncestralDiscreteScheduler,
     KDPM2DiscreteScheduler,
+    PNDMScheduler,
 )
 from torch import Tensor
 
@@ -28,12 +34,15 @@ from mitune.information import Predicts, alpha_sigma
 _FLOW_MATCH = (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, FlowMatchLCMScheduler)
 _INVERSE = (DDIMInverseScheduler, DPMSolverMultistepInverseScheduler)  # from clean to noise
 _MIDPOINTS = (KDPM2DiscreteScheduler, KDPM2AncestralDiscreteScheduler)
+# Go from t to t − T // steps, whatever the next timestep of their list is.
+_STRIDING = (DDIMScheduler, DDIMParallelScheduler, CogVideoXDDIMScheduler, CogVideoXDPMScheduler, PNDMScheduler)
 _UNPLACED = (  # option, the value that is not known, and the one that is
     ("invert_sigmas", True, False),
     ("timestep_type", "continuous", "discrete"),
     ("interpolation_type", "log_linear", "linear"),
     ("use_karras_sigmas", True, False),
 )
+_ROUNDING = 1e-3  # of a timestep: what sums of float32 may differ by
 _PREDICTS: dict[str, Predicts] = {
     "epsilon": "epsilon",
     "v_prediction": "velocity",
@@ -56,6 +65,7 @@ class NoisePath:
     betas: Tensor | None  # (training_steps,); None for flow
     steps: Tensor  # (T,) timesteps of the sampling run that the scheduler is set to
     steps_sigma: Tensor | None  # (T,) the scheduler's own σ there (σ/α unless flow); None if it has none
+    disjointed: str | None = None  # why no λ can be named for these steps
 
     def log_snr(self, t: Tensor) -> Tensor:
         """λ at t on the path of training; linear in t between whole timesteps, as diffusers does with log σ."""
@@ -101,16 +111,30 @@ class NoisePath:
         return finite.min().item(), finite.max().item()
 
     def at_steps(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Timestep and λ, of t's shape on the CPU, of the steps of the sampling run that are nearest to t.
+        """Timestep and λ, of t's shape on the CPU, of the steps of the sampling run at which the denoiser is told t.
 
         What a trajectory needs: some schedulers tell the denoiser a rounded t, and some pipelines round it again, but
-        the latents lie at the scheduler's own σ.
+        the latents lie at the scheduler's own σ. Raises MituneError for a run whose latents lie at no λ of the path.
         """
-        index = (t.float().cpu().unsqueeze(-1) - self.steps).abs().argmin(dim=-1)
+        if self.disjointed is not None:
+            raise MituneError(self.disjointed)
+        index = self.places(t.reshape(-1)).reshape(t.shape)
         if self.steps_sigma is None:
             return self.steps[index], self.log_snr(self.steps[index])
         sigma = self.steps_sigma[index]
         return self.steps[index], _flow_log_snr(sigma) if self.is_flow else -2 * sigma.log()
+
+    def places(self, t: Tensor) -> Tensor:
+        """Which steps of the run these are, (N,) on the CPU: those in succession that fit t (N,) best, as rounded
+        timesteps may repeat; but each the nearest where none in succession fit as well."""
+        gaps = (t.float().cpu().unsqueeze(-1) - self.steps).abs()  # (N, T)
+        each, nearest = gaps.min(dim=-1)
+        starts = range(len(self.steps) - len(t) + 1)
+        if not starts:
+            return nearest
+        misfits = torch.stack([gaps.diagonal(start).sum() for start in starts])
+        fits = misfits.min() <= each.sum() + _ROUNDING
+        return misfits.argmin() + torch.arange(len(t)) if fits else nearest
 
     def add_noise(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """α_t z₀ + σ_t ε for latents z₀ and noise ε (B, C, H, W) and t, a scalar or (B,); in the dtype of latents."""
@@ -153,11 +177,6 @@ def path_of(scheduler: Any) -> NoisePath:
         steps = torch.arange(training_steps - 1, -1, -1).float()
     else:
         steps = scheduler.timesteps.detach().float().cpu()
-    # With its final σ, a table has one entry more than there are steps. Before a run some run the other way, and the
-    # midpoints of KDPM2 are not in its table; there the path of training serves.
-    sigmas = getattr(scheduler, "sigmas", None)
-    if sigmas is not None:
-        sigmas = sigmas[:-1].detach().float().cpu() if len(sigmas) == len(steps) + 1 else None
     return NoisePath(
         predicts=_PREDICTS[prediction],
         is_flow=is_flow,
@@ -165,7 +184,46 @@ def path_of(scheduler: Any) -> NoisePath:
         training_log_snr=None if is_flow else _vp_log_snr(scheduler.alphas_cumprod),
         betas=None if is_flow else scheduler.betas.detach().float().cpu(),
         steps=steps,
-        steps_sigma=sigmas,
+        steps_sigma=_steps_sigma(scheduler, len(steps)),
+        disjointed=_disjointed(scheduler, steps),
+    )
+
+
+def _steps_sigma(scheduler: Any, steps: int) -> Tensor | None:
+    """σ of each step from the scheduler's table, (steps,); None where it has none, or has not been set to a run."""
+    sigmas = getattr(scheduler, "sigmas", None)
+    # With its final σ, a table has one entry more than there are steps. Before a run some run the other way.
+    if sigmas is None or len(sigmas) != steps + 1:
+        return None
+    sigma: Tensor = sigmas[:-1].detach().float().cpu()
+    if isinstance(scheduler, DPMSolverSDEScheduler):  # its midpoints stand in no table
+        sigma = sigma.clone()
+        sigma[1::2] *= (sigma[:-1:2] / sigma[1::2]).sqrt()
+    return sigma
+
+
+def _disjointed(scheduler: Any, steps: Tensor) -> str | None:
+    """A sentence for a run in which the scheduler takes its latents for those of another timestep than it made them
+    for: then they are α z₀ + σ ε at no λ of the path, and drift off it from step to step."""
+    count = getattr(scheduler, "num_inference_steps", None)
+    if not isinstance(scheduler, _STRIDING) or count is None:
+        return None
+    total, spacing = int(scheduler.config.num_train_timesteps), scheduler.config.timestep_spacing
+    stride = total // count
+    gaps = set(torch.tensor(sorted(set(steps.tolist()))).diff().tolist())
+    halved = isinstance(scheduler, PNDMScheduler) and not scheduler.config.skip_prk_steps  # steps half-way between
+    if gaps <= {stride} or (halved and stride % 2 == 0 and gaps <= {stride, stride // 2}):
+        return None
+    if halved:
+        remedy = "scheduler's skip_prk_steps to true and its timestep_spacing to 'leading'"
+    else:
+        remedy = "scheduler's timestep_spacing to 'leading'"
+        if spacing == "trailing":
+            divisors = (n for n in range(2, total + 1) if total % n == 0)
+            remedy = f"number of steps to {min(divisors, key=lambda n: abs(n - count))}, or the {remedy}"
+    return (
+        f"{type(scheduler).__name__} with {count} steps and timestep_spacing={spacing!r} makes latents for other "
+        f"timesteps than it tells the denoiser, so that they lie at no noise level of its path; set the {remedy}."
     )
 
 

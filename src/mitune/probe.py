@@ -5,15 +5,18 @@
     trace = probe.trace(latents)
     get_score("self-confidence")(trace)
 
-The hook only keeps tensors; all arithmetic waits for `trace`, so sampling does not wait for the device.
+The hook only keeps tensors; all arithmetic waits for `trace`, so sampling does not wait for the device, except at a
+call's first step. There it is checked that the outputs, z and t are what we take them for, against what the pipeline
+hands its scheduler.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, Self
 
@@ -22,8 +25,9 @@ from torch import Tensor, nn
 
 from mitune.batches import Rows, prediction, skips_layers
 from mitune.conditioning import flatten
-from mitune.denoiser import Family, as_tensor, denoiser_of, family_of
-from mitune.errors import GuidanceError, MituneError
+from mitune.denoiser import Family, as_tensor, denoiser_of, family_of, network_output
+from mitune.errors import GuidanceError, MituneError, ModelError
+from mitune.guidance import ROWS, Handed, steps_watched, sums
 from mitune.information import (
     Trace,
     alpha_sigma,
@@ -36,13 +40,16 @@ from mitune.path import NoisePath, path_of
 
 _TRUE_SCALE = "true_cfg_scale"  # what pipelines of guidance-distilled models call the scale of true guidance
 _ROUNDING = 0.01  # of the training steps
+_SAME = 0.02  # what half precision may make of one and the same, as a share
+_SAME_OUTPUT = 0.05  # the same for what has gone through a network
+_MISSAID = 0.05  # of the guidance scale
 
 
 @dataclass(frozen=True, slots=True)
 class _Step:
     """One denoising step of B candidates, in the dtype of the model."""
 
-    timestep: Tensor  # (), as the denoiser was told
+    timestep: Tensor  # () or (n,), as the denoiser was told
     noisy: Tensor  # (B, C, H, W) z
     conditional: Tensor  # (B, C, H, W) output with the prompt
     null: Tensor  # (B, C, H, W) output without
@@ -76,6 +83,10 @@ class _Run:
     dropped: dict[int, int] = field(default_factory=dict)  # the others, and after which step they were
     steps: list[_Step] = field(default_factory=list)
     pending: _Call | None = None  # the conditional call of a step whose unconditional one is yet to come
+    crippled: int = 0  # the last step with a third output, of fewer layers
+    more_than_latents: bool = False  # in z: a mask, a picture
+    checked: bool = False  # against what the scheduler was handed
+    guidance_scale: float | None = None  # as seen there, where the pipeline says something else
     finished: bool = False
 
     @property
@@ -95,10 +106,11 @@ class MIProbe:
     Keeps z and both outputs of each step on the device: three tensors of the latents' size and dtype a candidate and
     step (10 MB for 50 steps of SD at 512² in float32). The trace of a call stands until the pipeline is called again.
 
-    guidance_scale is only needed for the score rfmi-release on pipelines that do not tell theirs (PixArt, AuraFlow,
-    those with true_cfg_scale). on_step is called after each step with the probe itself, which may `keep` some.
-    Raises ModelError or MituneError at the start if the pipeline's denoiser or scheduler is not known, and
-    GuidanceError from within the pipeline if it makes no pass without the prompt.
+    guidance_scale is that of pipelines that do not tell theirs (PixArt, AuraFlow, those with true_cfg_scale); without
+    it, it is read off what they make. on_step is called after each step with the probe itself, which may `keep` some.
+    Raises ModelError or MituneError at the start if the pipeline's denoiser or scheduler is not known, and from within
+    the pipeline GuidanceError if it makes no pass without the prompt, and ModelError if it uses its denoiser in a way
+    that is not known.
     """
 
     def __init__(
@@ -115,24 +127,25 @@ class MIProbe:
         self._call_parameters = inspect.signature(type(pipe).__call__).parameters
         self._guidance_scale = guidance_scale
         self._on_step = on_step
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._watching = ExitStack()
         self._run = _Run()
         self._taken: Rows | None = None
         self._address = 0
 
     def __enter__(self) -> Self:
         path_of(self.pipe.scheduler)  # refuses an unknown scheduler before the first image is paid for
-        self._handles = [
+        for handle in (
             self.denoiser.register_forward_pre_hook(self._narrow, with_kwargs=True),
             self.denoiser.register_forward_hook(self._watch, with_kwargs=True),
-        ]
+        ):
+            self._watching.callback(handle.remove)
+        self._watching.enter_context(steps_watched(self.pipe.scheduler, self._check))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        while self._handles:
-            self._handles.pop().remove()
+        self._watching.close()
 
     @property
     def steps(self) -> int:
@@ -143,7 +156,8 @@ class MIProbe:
     def conditioning(self) -> dict[str, Tensor]:
         """What the denoiser is told with the prompt: its arguments but z and t, (B, ...), as in `mitune.conditioning`.
 
-        Raises ModelError for arguments that cannot be kept candidate by candidate (ControlNet).
+        Raises ModelError for arguments that cannot be kept candidate by candidate (ControlNet), and if the denoiser
+        takes more than latents (inpainting).
         """
         family = self._family
         first = 0 if family.separate_calls or family.conditional_first else self._run.batch // 2
@@ -154,6 +168,24 @@ class MIProbe:
         """The same without the prompt."""
         first = self._run.batch // 2 if self._family.conditional_first else 0
         return self._conditioning_at(first, self._run.conditioning[::-1])
+
+    @torch.no_grad()
+    def check_alone(self) -> None:
+        """Raises ModelError unless the denoiser, called alone with the conditioning, says what it said in the pipeline:
+        what post-hoc scores and training rest on. Costs two calls of it, for one candidate."""
+        step, family = self._seen_steps()[0], self._family
+        timestep = (step.timestep.flatten()[:1].float() - family.timestep_offset) / family.timestep_factor
+        for conditioning, output in ((self.conditioning, step.conditional), (self.null_conditioning, step.null)):
+            one = {name: value[:1] for name, value in conditioning.items()}
+            try:
+                alone = network_output(self.denoiser, step.noisy[:1], one, timestep.to(step.noisy.device))
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, TypeError, ValueError) as error:
+                raise self._unknown("cannot be called again with what it was told in the pipeline") from error
+            difference = (alone - output[:1].float()).norm() / output[:1].float().norm().clamp(min=1e-30)
+            if not difference < _SAME_OUTPUT:
+                raise self._unknown("says something else when it is called again with what it was told in the pipeline")
 
     def keep(self, candidates: Sequence[int]) -> None:
         """Drops all other candidates: from the next step on, the denoiser is not called for them.
@@ -242,6 +274,7 @@ class MIProbe:
         taken, self._taken = self._taken, None
         whole = None if taken is None else (taken.back(prediction(output)),)
         if skips_layers(kwargs):
+            self._run.crippled = self.steps
             return whole  # skip-layer guidance of SD3.5: a third, crippled output, no part of the integral
         if self._run.finished:
             self._run = _Run()
@@ -278,14 +311,16 @@ class MIProbe:
         self._run.pending = None
 
     def _read(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> _Call:
-        arguments = dict(self._signature.bind(*args, **kwargs).arguments)
+        given = self._signature.bind(*args, **kwargs).arguments
+        # Pipelines change mappings of arguments between their calls.
+        arguments: dict[str, Any] = {k: dict(v) if isinstance(v, Mapping) else v for k, v in given.items()}
         noisy = as_tensor(arguments.pop(next(iter(self._signature.parameters))))
         timestep = torch.as_tensor(arguments.pop(self._family.timestep_name))
         predicted = as_tensor(prediction(output))
         return _Call(noisy, timestep, -predicted if self._family.negated else predicted, arguments, self._address)
 
     def _check_halves(self, noisy: Tensor) -> None:
-        # The only time that the device is waited for, once a call: halves that differ are two sets of candidates.
+        # Waits for the device, once a call: halves that differ are two sets of candidates.
         half = len(noisy) // 2
         guided = getattr(self.pipe, "do_classifier_free_guidance", True)
         if not guided or len(noisy) % 2 or not torch.equal(noisy[:half], noisy[half:]):
@@ -300,9 +335,76 @@ class MIProbe:
             )
         # Learned variances and the extra inputs of inpainting are further channels.
         channels = min(noisy.shape[1], conditional.shape[1])
+        run.more_than_latents = noisy.shape[1] > channels
         noisy, conditional, null = (x.detach()[:, :channels].clone() for x in (noisy, conditional, null))
-        scale = self._scale() + self._family.added_guidance
-        run.steps.append(_Step(call.timestep.flatten()[0].clone(), noisy, conditional, null, scale))
+        scale = self._scale() if run.guidance_scale is None else run.guidance_scale
+        run.steps.append(_Step(call.timestep.detach().clone(), noisy, conditional, null, scale))
+
+    def _check(self, handed: Handed | None) -> None:
+        """Compares the latest step with what the pipeline hands its scheduler; until one of them decides."""
+        run = self._run
+        if run.finished or run.checked or run.narrowed:
+            return
+        if run.pending is not None:
+            raise GuidanceError(self._no_guidance())
+        if not run.steps:
+            return
+        step = run.steps[-1]
+        if handed is None:
+            raise self._unknown("is not stepped from latents and output in a way that can be checked")
+        channels = step.noisy.shape[1]
+        sample, made = handed.sample[:, :channels], handed.output[:, :channels]
+        if sample.shape != step.noisy.shape or made.shape != step.noisy.shape:
+            raise self._unknown(
+                f"takes {tuple(step.noisy.shape)} where its scheduler takes latents {tuple(handed.sample.shape)}"
+            )
+        timestep = torch.as_tensor(handed.timestep).flatten()[:1].tolist()[0]
+        self._check_time(step, timestep)
+        self._check_latents(sample[:ROWS], step.noisy[:ROWS], timestep)
+        if run.crippled != self.steps:
+            run.checked = self._check_sum(step, made[:ROWS])
+
+    def _check_time(self, step: _Step, timestep: float) -> None:
+        family, total = self._family, float(self.pipe.scheduler.config.num_train_timesteps)
+        told = step.timestep.flatten().float()
+        ends = torch.stack([told.min(), told.max()]).tolist()
+        if any(
+            abs((end - family.timestep_offset) / family.timestep_factor - timestep) > _ROUNDING * total for end in ends
+        ):
+            raise self._unknown(f"was told the time {ends[0]:g} to {ends[1]:g} at its scheduler's {timestep:g}")
+
+    def _check_latents(self, sample: Tensor, noisy: Tensor, timestep: float) -> None:
+        """z is the scheduler's latents, times α where these are z₀ + σ ε."""
+        sample, noisy = sample.float(), noisy.float()
+        scale = (sample * noisy).sum() / sample.square().sum()
+        found, misfit = torch.stack([scale, (noisy - scale * sample).norm() / noisy.norm()]).tolist()
+        expected = 1.0
+        if float(getattr(self.pipe.scheduler, "init_noise_sigma", 1.0)) > 1.0 + _SAME:
+            path = path_of(self.pipe.scheduler)
+            expected = alpha_sigma(path.at_steps(torch.tensor(timestep))[1], is_flow=path.is_flow)[0].item()
+        if not (misfit < _SAME and abs(found / expected - 1) < _SAME):
+            raise self._unknown("gets other latents than its scheduler")
+
+    def _check_sum(self, step: _Step, made: Tensor) -> bool:
+        """Whether the outputs tell; the guidance scale is kept where it is another than the pipeline says."""
+        found = [each for each in sums(step.null[:ROWS], step.conditional[:ROWS], made) if each.certain]
+        if not found:
+            return False
+        fitting = next((each for each in found if each.fits), None)
+        if fitting is None:
+            raise self._unknown("gives outputs of which the pipeline makes something else than their guided sum")
+        if not fitting.in_order:
+            raise self._unknown("gives outputs with and without the prompt in another order, or with another sign")
+        if not abs(step.guidance_scale / fitting.weight - 1) < _MISSAID:
+            self._run.guidance_scale = fitting.weight
+            self._run.steps[-1] = replace(step, guidance_scale=fitting.weight)
+        return True
+
+    def _unknown(self, what: str) -> ModelError:
+        return ModelError(
+            f"The {type(self.denoiser).__name__} of {type(self.pipe).__name__} {what}; mitune does not know how to "
+            "read this kind of model, see docs/support.md."
+        )
 
     def _seen_steps(self) -> list[_Step]:
         if not self._run.steps:
@@ -311,12 +413,14 @@ class MIProbe:
 
     def _scale(self) -> float:
         told = None if _TRUE_SCALE in self._call_parameters else getattr(self.pipe, "guidance_scale", None)
-        return self._guidance_scale or told or math.nan
+        return (self._guidance_scale or told or math.nan) + self._family.added_guidance
 
     def _conditioning_at(self, first: int, calls: tuple[dict[str, Any], ...]) -> dict[str, Tensor]:
         """Rows of the candidates that are left, counted from `first`, in the arguments of the first of `calls`."""
         self._seen_steps()
         family = self._family
+        if self._run.more_than_latents:
+            raise self._unknown("takes more than latents, such as a mask or a picture, and can be scored on-line alone")
         return flatten(
             calls[0], self._run.batch, self._run.candidates + first, shared=family.shared, listed=family.listed
         )
@@ -336,12 +440,12 @@ class MIProbe:
 
 def _levels(steps: Sequence[_Step], path: NoisePath, family: Family) -> tuple[Tensor, Tensor]:
     """The scheduler's timesteps and λ of these steps, (T,) each."""
-    told = torch.stack([step.timestep for step in steps]).float().cpu()
+    told = torch.stack([step.timestep.flatten()[0] for step in steps]).float().cpu()
     told = (told - family.timestep_offset) / family.timestep_factor
     timestep, log_snr = path.at_steps(told)
     # Half precision rounds t by 0.4 % at the most. Anything else would put the terms at a wrong λ.
     astray = (told - timestep).abs().max() > _ROUNDING * path.training_steps
-    if astray or len(set(told.tolist())) > len(set(timestep.tolist())):
+    if astray or (path.places(told).diff() != 1).any():
         raise MituneError(
             f"The denoiser was told the time {told[0]:g} at the first step, which is none of its scheduler's; mitune "
             "does not know this kind of model. Please report it."

@@ -165,12 +165,14 @@ class _PipelineDenoiser:
         }
         accepted = inspect.signature(type(pipe).__call__).parameters
         if latents.ndim == 4 and "height" in accepted:
-            ours["height"], ours["width"] = (pipe.vae_scale_factor * side for side in latents.shape[-2:])
+            factor = getattr(pipe, "vae_scale_factor", 8)
+            ours["height"], ours["width"] = (factor * side for side in latents.shape[-2:])
         if "use_resolution_binning" in accepted:
             ours["use_resolution_binning"] = False
         arguments = {**prompted(pipe, prompts, call), **ours}
         with calling(pipe, arguments), MIProbe(pipe) as probe:
             pipe(**arguments)
+        probe.check_alone()
         self.null, self.conditional = probe.null_conditioning, probe.conditioning
         self.device = next(iter(self.null.values())).device
         # Texts may differ in length; then each has a call of its own, as also where the pipeline makes two.
