@@ -17,7 +17,7 @@ demo: $(VENV)/installed
 	$(VENV)/bin/mitune demo --run $(RUN)
 
 test: $(VENV)/installed-dev
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n auto --dist worksteal
 
 check: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check .
@@ -46,7 +46,7 @@ test-latest:
 	@echo "Other versions than in constraints.txt:"
 	@$(LATEST)/bin/pip freeze --exclude-editable | sed 's/+.*//' | awk -F== \
 		'NR == FNR {tested[$$1] = $$2; next} tested[$$1] != $$2 {print "  " $$1, tested[$$1] " -> " $$2}' constraints.txt -
-	$(LATEST)/bin/python -m pytest
+	$(LATEST)/bin/python -m pytest -n auto --dist worksteal
 
 # torch stays as it is, since the figures in docs/ were made with it; `make constraints TORCH=torch` takes the newest.
 TORCH = $(shell grep '^torch==' constraints.txt)

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -146,16 +147,40 @@ def generate_all(
         start += len(chunk)
 
 
+class _Checked(Exception):
+    """Leaves a call of the pipeline."""
+
+
+def first_step(pipe: Any, arguments: Mapping[str, Any]) -> MIProbe:
+    """The probe of a call of the pipeline with `arguments`, two steps or more, which is left as soon as it is checked:
+    for what the denoiser is told, mostly after one step.
+
+    Raises ModelError for arguments that the pipeline does not take, or a use of its denoiser that is not known.
+    """
+    with calling(pipe, arguments), quiet_pipelines(), suppress(_Checked), MIProbe(pipe) as probe:
+
+        def leave(*_: object) -> None:
+            if probe.checked:
+                raise _Checked
+
+        handle = probe.denoiser.register_forward_pre_hook(leave)
+        try:
+            pipe(**arguments)
+        finally:
+            handle.remove()
+            pipe.maybe_free_model_hooks()  # as at the end of a call that is not left
+    probe.check_alone()
+    return probe
+
+
 @torch.no_grad()
 def condition(model: Model, prompts: Sequence[str], batch_size: int = 64) -> dict[str, Tensor]:
-    """What the pipeline tells its denoiser of each prompt, (N, ...) each: from a run of two steps."""
+    """What the pipeline tells its denoiser of each prompt, (N, ...) each."""
     rows: list[dict[str, Tensor]] = []
-    call = model.call | {"num_inference_steps": 2, "output_type": "latent"}
+    # Of one step, PixArt makes another path.
+    call = model.call | {"num_inference_steps": 2, "output_type": "latent", "generator": torch.Generator()}
     for start in range(0, len(prompts), batch_size):
-        some = list(prompts[start : start + batch_size])
-        with calling(model.pipe, model.call), MIProbe(model.pipe) as probe, quiet_pipelines():
-            model.pipe(generator=torch.Generator().manual_seed(0), **prompted(model.pipe, some, call))
-        probe.check_alone()
-        told = probe.conditioning
-        rows += [{name: tensor[row] for name, tensor in told.items()} for row in range(len(some))]
+        chunk = list(prompts[start : start + batch_size])
+        told = first_step(model.pipe, prompted(model.pipe, chunk, call)).conditioning
+        rows += [{name: tensor[row] for name, tensor in told.items()} for row in range(len(chunk))]
     return stack(rows)

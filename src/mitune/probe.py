@@ -153,6 +153,11 @@ class MIProbe:
         return len(self._run.steps)
 
     @property
+    def checked(self) -> bool:
+        """Whether a step has shown that the pipeline uses its denoiser as is thought."""
+        return self._run.checked
+
+    @property
     def conditioning(self) -> dict[str, Tensor]:
         """What the denoiser is told with the prompt: its arguments but z and t, (B, ...), as in `mitune.conditioning`.
 

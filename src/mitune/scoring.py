@@ -19,9 +19,10 @@ from matplotlib.figure import Figure
 from PIL.Image import Image
 from torch import Generator, Tensor
 
-from mitune.calls import calling, size_grid
+from mitune.calls import size_grid
 from mitune.denoiser import denoiser_of, family_of, network_output
 from mitune.errors import MituneError
+from mitune.generate import first_step
 from mitune.image_files import on_grid
 from mitune.information import (
     TRUNCATION,
@@ -37,7 +38,6 @@ from mitune.information import (
 from mitune.models import guidance_name, prompted
 from mitune.path import NoisePath, path_of
 from mitune.pictures import encode_images
-from mitune.probe import MIProbe
 from mitune.prompts import refuse_cut
 from mitune.store import write_figure
 
@@ -169,10 +169,7 @@ class _PipelineDenoiser:
             ours["height"], ours["width"] = (factor * side for side in latents.shape[-2:])
         if "use_resolution_binning" in accepted:
             ours["use_resolution_binning"] = False
-        arguments = {**prompted(pipe, prompts, call), **ours}
-        with calling(pipe, arguments), MIProbe(pipe) as probe:
-            pipe(**arguments)
-        probe.check_alone()
+        probe = first_step(pipe, {**prompted(pipe, prompts, call), **ours})
         self.null, self.conditional = probe.null_conditioning, probe.conditioning
         self.device = next(iter(self.null.values())).device
         # Texts may differ in length; then each has a call of its own, as also where the pipeline makes two.

@@ -338,7 +338,7 @@ def evaluate(
     run: Annotated[Path, Argument(exists=True, file_okay=False, help="A run folder with adapters.")],
     prompts: PromptSource = None,
     prompt_field: PromptField = None,
-    images: Annotated[int | None, Option("--images", "-n", help="Images a prompt.")] = None,
+    images: Annotated[int | None, Option("--images", "-n", min=1, help="Images a prompt.")] = None,
     guidance: Annotated[
         list[float] | None, Option(help="Also judge the base at this guidance scale. Repeatable.")
     ] = None,
