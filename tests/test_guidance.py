@@ -125,6 +125,24 @@ def test_other_latents_are_refused():
         sample(pipe)
 
 
+@pytest.mark.parametrize(("rows", "checked"), [([0, 2], True), ([0, 1, 2, 3], False)])
+def test_candidates_that_are_nan_do_not_count(rows, checked):
+    """One that is NaN costs itself alone, and a model that makes nothing else is no unknown kind of model."""
+    pipe = tiny_sd()
+
+    def spoil(_, __, output):
+        output[0][rows] = torch.nan  # of both halves: without the prompt, and with it
+        output[0][[row + 4 for row in rows]] = torch.nan
+        return output
+
+    handle = pipe.unet.register_forward_hook(spoil)
+    with MIProbe(pipe) as probe:
+        latents = sample(pipe, PROMPTS * 2)
+    handle.remove()
+    assert probe.checked is checked
+    assert [row for row in range(4) if not latents[row].isfinite().all()] == rows
+
+
 def test_one_pass_is_refused_at_its_first_step():
     case = CASES["Chroma"]
     pipe = case.make()

@@ -27,7 +27,7 @@ from mitune.batches import Rows, prediction, skips_layers
 from mitune.conditioning import flatten
 from mitune.denoiser import Family, as_tensor, denoiser_of, family_of, network_output
 from mitune.errors import GuidanceError, MituneError, ModelError
-from mitune.guidance import ROWS, Handed, steps_watched, sums
+from mitune.guidance import ROWS, Handed, Sum, steps_watched, sums
 from mitune.information import (
     Trace,
     alpha_sigma,
@@ -365,9 +365,15 @@ class MIProbe:
             )
         timestep = torch.as_tensor(handed.timestep).flatten()[:1].tolist()[0]
         self._check_time(step, timestep)
-        self._check_latents(sample[:ROWS], step.noisy[:ROWS], timestep)
+        # A candidate that is NaN says nothing, and costs itself alone.
+        tensors = [x[:ROWS] for x in (sample, step.noisy, step.null, step.conditional, made)]
+        finite = torch.stack([x.flatten(1).isfinite().all(dim=1) for x in tensors]).all(dim=0)
+        if not finite.any():
+            return
+        sample, noisy, null, conditional, made = (x[finite] for x in tensors)
+        self._check_latents(sample, noisy, timestep)
         if run.crippled != self.steps:
-            run.checked = self._check_sum(step, made[:ROWS])
+            run.checked = self._check_sum(step, sums(null, conditional, made))
 
     def _check_time(self, step: _Step, timestep: float) -> None:
         family, total = self._family, float(self.pipe.scheduler.config.num_train_timesteps)
@@ -390,9 +396,9 @@ class MIProbe:
         if not (misfit < _SAME and abs(found / expected - 1) < _SAME):
             raise self._unknown("gets other latents than its scheduler")
 
-    def _check_sum(self, step: _Step, made: Tensor) -> bool:
+    def _check_sum(self, step: _Step, made: Sequence[Sum]) -> bool:
         """Whether the outputs tell; the guidance scale is kept where it is another than the pipeline says."""
-        found = [each for each in sums(step.null[:ROWS], step.conditional[:ROWS], made) if each.certain]
+        found = [each for each in made if each.certain]
         if not found:
             return False
         fitting = next((each for each in found if each.fits), None)
