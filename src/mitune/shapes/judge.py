@@ -3,23 +3,30 @@
 Reading is analysis by synthesis. Objects sit in rows of 16 pixels, on half-cell columns of 8, and at most two overlap,
 so every row is explained by itself: the sequence of objects, gaps and overlaps whose drawing comes nearest to the
 picture, found by dynamic programming over its eight columns. What even the best drawing cannot explain is the
-*residual*; a picture with a large residual is malformed, which is kept apart from being wrong.
+*residual*; a picture with a large residual is read once more with its objects free to lie a little off their places, of
+another size and shade (`fitting.py`), and only if that leaves one too large as well it is malformed, which is kept
+apart from being wrong.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from io import BytesIO
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
+from mitune.shapes.fitting import fit
 from mitune.shapes.grammar import parse
 from mitune.shapes.scene import BACKGROUND, CELL, GRID, KINDS, SIZE, STEP, Object, Scene, parts, sprite
 
 COLUMNS = SIZE // STEP
 CANDIDATES = 6  # kinds tried for each object of an overlapping pair
 MALFORMED = 30.0  # root mean square error, of 255, over the worst 16 × 8 strip of a picture
+FITTED = 17.0  # the same once its objects are fitted
+HOPELESS = 100.0  # the same beyond which no object is merely a little off
 OBJECT_COST = 4.0**2 * CELL * STEP * 3  # what an object must explain to be there at all
 
 Array = NDArray[np.float32]
@@ -31,10 +38,11 @@ class Reading:
 
     scene: Scene
     residual: float
+    limit: float = MALFORMED  # the largest residual of a well-formed picture
 
     @property
     def malformed(self) -> bool:
-        return self.residual > MALFORMED
+        return self.residual > self.limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +88,26 @@ def read(image: NDArray[np.uint8]) -> Reading:
         found, errors = _read_row(row)
         objects += [Object(*KINDS[kind], x, y) for x, kind in found]
         residual = max(residual, float(np.sqrt(errors.max() / (CELL * STEP * 3))))
-    return Reading(tuple(objects), residual)
+    reading = Reading(tuple(objects), residual)
+    if objects and MALFORMED < residual < HOPELESS:
+        fitted = _fitted(picture, reading.scene)
+        return reading if fitted.malformed else fitted
+    return reading
+
+
+def _fitted(picture: Array, scene: Scene) -> Reading:
+    """The scene with its objects moved, sized and shaded as the picture has them; compared as drawn, and as JPEG keeps
+    that drawing, with its colors at half the resolution.
+    """
+    scene, drawing = fit(picture, scene)
+    pixels = drawing.clip(0, 255).round().astype(np.uint8)
+    stream = BytesIO()
+    Image.fromarray(pixels).save(stream, "JPEG", quality=95, subsampling="4:2:0")
+    residuals = []
+    for drawn in (pixels, np.asarray(Image.open(stream))):
+        errors = ((picture - drawn) ** 2).reshape(GRID, CELL, COLUMNS, STEP, 3).mean(axis=(1, 3, 4))
+        residuals.append(float(np.sqrt(errors.max())))
+    return Reading(scene, min(residuals), FITTED)
 
 
 def _squared_distance(patch: Array, drawings: Array) -> Array:

@@ -11,6 +11,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +26,7 @@ GRID = SIZE // CELL
 
 BACKGROUND = (242, 240, 235)
 DARK = (40, 38, 46)
+WHITE = (255, 255, 255)
 RGB = {
     "red": (214, 48, 49),
     "green": (46, 160, 67),
@@ -50,6 +52,7 @@ class Object:
 
 
 Scene = tuple[Object, ...]  # from back to front
+Coordinates = NDArray[Any]
 
 
 def relation_holds(relation: str, first: Object, second: Object, first_in_front: bool) -> bool:
@@ -151,17 +154,40 @@ def log_likelihood(scene: Scene, prompt: Prompt) -> float:
 def _coverage(shape: str) -> NDArray[np.float32]:
     """How much of each pixel of a cell the shape covers, (CELL, CELL), by 8 × 8 samples a pixel."""
     fine = (np.arange(CELL * 8) + 0.5) / 8 - CELL / 2
-    x, y = np.meshgrid(fine, fine)
-    r = CELL / 2 - 1  # a margin of one pixel keeps neighbors apart
-    inside = {
-        "circle": x**2 + y**2 <= r**2,
-        "square": np.maximum(abs(x), abs(y)) <= r - 0.5,
-        "triangle": (y <= r - 0.5) & (abs(x) <= (y + r) / 2 + 0.3),
-        "diamond": abs(x) + abs(y) <= r,
-        "cross": (np.minimum(abs(x), abs(y)) <= 2.5) & (np.maximum(abs(x), abs(y)) <= r),
-    }[shape]
-    covered: NDArray[np.float32] = inside.reshape(CELL, 8, CELL, 8).mean(axis=(1, 3), dtype=np.float32)
+    samples = inside(shape, *np.meshgrid(fine, fine))
+    covered: NDArray[np.float32] = samples.reshape(CELL, 8, CELL, 8).mean(axis=(1, 3), dtype=np.float32)
     return covered
+
+
+def inside(shape: str, x: Coordinates, y: Coordinates) -> NDArray[np.bool_]:
+    """Whether points (x right, y down, in pixels from the middle of its cell) lie in the shape."""
+    r = CELL / 2 - 1  # a margin of one pixel keeps neighbors apart
+    covered: NDArray[np.bool_]
+    match shape:
+        case "circle":
+            covered = x**2 + y**2 <= r**2
+        case "square":
+            covered = np.maximum(abs(x), abs(y)) <= r - 0.5
+        case "triangle":
+            covered = (y <= r - 0.5) & (abs(x) <= (y + r) / 2 + 0.3)
+        case "diamond":
+            covered = abs(x) + abs(y) <= r
+        case _:
+            covered = (np.minimum(abs(x), abs(y)) <= 2.5) & (np.maximum(abs(x), abs(y)) <= r)
+    return covered
+
+
+def second_color(texture: str, x: Coordinates, y: Coordinates) -> NDArray[np.bool_]:
+    """Whether points (in pixels from the upper left corner of the cell) have the texture's second color."""
+    second = np.zeros(x.shape, bool)
+    match texture:
+        case "striped":
+            second = y % 4 < 2
+        case "dotted":
+            second = (x % 4 // 2 == 1) & (y % 4 // 2 == 1)
+        case "checkered":
+            second = (x // 4 + y // 4) % 2 == 0
+    return second
 
 
 @cache
@@ -170,12 +196,7 @@ def sprite(color: str, shape: str, texture: str) -> tuple[NDArray[np.float32], N
     y, x = np.mgrid[0:CELL, 0:CELL]
     paint = np.empty((CELL, CELL, 3), np.float32)
     paint[:] = RGB[color]
-    if texture == "striped":
-        paint[y % 4 < 2] = DARK
-    elif texture == "checkered":
-        paint[(x // 4 + y // 4) % 2 == 0] = DARK
-    elif texture == "dotted":
-        paint[(x % 4 // 2 == 1) & (y % 4 // 2 == 1)] = (255, 255, 255)
+    paint[second_color(texture, x, y)] = WHITE if texture == "dotted" else DARK
     return paint, _coverage(shape)[..., None]
 
 
