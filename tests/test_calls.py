@@ -3,13 +3,11 @@
 import pytest
 import torch
 from diffusers import FluxPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline
-from PIL import Image
 
 from mitune.calls import calling, check_call, size_grid
-from mitune.errors import MituneError, ModelError
+from mitune.errors import ModelError
 from mitune.generate import Request, condition, generate
 from mitune.models import Model
-from mitune.scoring import score
 from tests.families import flux
 from tests.tiny import SD3_CALL, tiny_sd, tiny_sd3
 
@@ -58,11 +56,6 @@ def test_values(make, call, sentence):
     for run in (lambda: generate(model, REQUESTS, 1), lambda: condition(model, ["a red ball"])):
         with pytest.raises(ModelError, match=sentence):
             run()
-
-
-def test_pictures_off_the_grid():
-    with pytest.raises(MituneError, match="divisible by 4|multiples of 4"):
-        score(tiny_sd3(), [Image.new("RGB", (16, 18))], ["a red ball"], draws=4, call=SD3_CALL)
 
 
 def test_grids():

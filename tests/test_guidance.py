@@ -249,7 +249,8 @@ WIDER = {
         kontext,
         PICTURE
         | TEXT
-        | {"image": picture(), "true_cfg_scale": SCALE, "negative_prompt": ["", ""], "_auto_resize": False},
+        | {"image": picture(), "true_cfg_scale": SCALE, "negative_prompt": ["", ""]}
+        | {"max_area": 256, "_auto_resize": False},
         "where its scheduler takes latents",
     ),
     "LTX image to video": (

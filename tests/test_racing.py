@@ -263,9 +263,9 @@ class TestPool:
         config = replace(CONFIG, select=("contrast",), keep=3)
         rows = pq.read_table(build_pool(model, PROMPTS[:1], tmp_path / "pool", config).table)
         assert np.isfinite(np.array(rows["score.contrast"])).sum() == 6
-        # Six images and as many texts in runs of two steps, under the prompt and its rivals, at ε and −ε
+        # Six images under the prompt and its rivals, at ε and −ε; a step of all these texts, and one text repeated
         texts = 1 + len(rivals_of(PROMPTS[0], ())[NEGATIVES])
-        assert sum(rows["further_calls"].to_pylist()) == pytest.approx(6 * texts * 2 / 2 + 2 * texts)
+        assert sum(rows["further_calls"].to_pylist()) == pytest.approx(6 * texts * 2 / 2 + texts + 1)
         assert rows["kept.contrast"].to_pylist().count(True) == 3
 
     def test_in_two_stages_the_first_decides_the_race(self, model, tmp_path):

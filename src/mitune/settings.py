@@ -25,8 +25,7 @@ _MI_TUNE: Nested = {
 PRESETS: Mapping[str, Nested] = {
     "demo": {
         "model": {"name": "shapes-sd"},
-        # Batches as large as that are faster, if little; these divide the candidates of all prompts without a rest.
-        "pool": {"candidates": 8, "keep": 2, "select": ["contrast"], "race": [], "batch_size": 192},
+        "pool": {"candidates": 8, "keep": 1, "select": ["contrast"], "batch_size": 96},
         "finetune": _SHAPES_FINETUNE | {"iterations": 150},
         "eval": {"images": 2, "batch_size": 280},
         "prompts": "shapes:train",
