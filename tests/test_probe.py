@@ -118,7 +118,10 @@ class TestByHand:
             (trace.dot_conditional, dots),
             (trace.dot_guided, guided),
         ):
-            torch.testing.assert_close(measured.double(), torch.stack(by_hand, dim=1), rtol=2e-3, atol=2e-4)
+            expected = torch.stack(by_hand, dim=1)
+            # The products are sums of terms that cancel: in float32, their error goes by the size of these.
+            atol = 2e-5 * expected.abs().max().item()
+            torch.testing.assert_close(measured.double(), expected, rtol=2e-3, atol=atol)
 
         log_snr = 2 * (alpha / sigma).log()
         kept = log_snr.isfinite() & (sigma / (alpha + sigma) > 0.05)

@@ -192,16 +192,15 @@ class TestPromises:
         assert difference.value == pytest.approx(scores.estimates[0].value - scores.estimates[1].value, abs=1e-5)
 
     def test_proposals_agree(self, latents):
-        """RFMI's importance sampling and the default estimate one integral."""
+        """RFMI's importance sampling and the default estimate one integral; where its weights are not too unequal."""
         pipe = tiny_sd()
-        low, high = path_of(pipe.scheduler).log_snr_range()
         a, b = (
-            score(pipe, latents, PROMPTS, draws=128, proposal=kind(low, min(high, 2.0))).estimates
+            score(pipe, latents, PROMPTS, draws=128, proposal=kind(-3.0, 2.0)).estimates
             for kind in (LogisticProposal, RectifiedFlowProposal)
         )
         for one, other in zip(a, b, strict=True):
             error = math.hypot(one.standard_error, other.standard_error)
-            assert error <= 0.15 * one.value
+            assert error <= 0.08 * one.value
             assert one.value == pytest.approx(other.value, abs=4 * error)
 
     def test_default_proposal(self):
