@@ -61,6 +61,7 @@ class Size:
     clip: tuple[int, int]  # widths of SDXL's and SD3's two
     vae: dict[str, Any]
     matrix: int  # side of the product that gives the peak
+    rank: int  # of the adapter
 
 
 FULL = Size(
@@ -68,6 +69,7 @@ FULL = Size(
     clip=(768, 1280),
     vae={"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2},
     matrix=8192,
+    rank=32,
 )
 TINY = Size(
     denoisers={
@@ -88,6 +90,7 @@ TINY = Size(
     clip=(16, 16),
     vae={"block_out_channels": (8,) * 4, "layers_per_block": 1, "norm_num_groups": 8},
     matrix=256,
+    rank=4,
 )
 
 
@@ -144,6 +147,7 @@ def measure(
         torch.cuda.empty_cache()
 
     training = FinetuneConfig(
+        rank=size.rank,
         batch_size=arguments.batch,
         micro_batch_size=arguments.micro_batch,
         iterations=1 + arguments.iterations,

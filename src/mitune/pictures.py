@@ -14,6 +14,7 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from types import MethodType
 from typing import Any
 
 import numpy as np
@@ -213,7 +214,7 @@ def _no_network(denoiser: nn.Module) -> Callable[..., Any]:
 def _ending_in(scheduler: Any, ending: Callable[[Tensor], Tensor], name: str) -> Any:
     """A copy of the scheduler whose steps end in `ending`, called with the latents that they would end in."""
     stand_in = copy.copy(scheduler)
-    step = stand_in.step
+    step = MethodType(type(scheduler).step, stand_in)  # of the copy, whatever watches the one that it is of
 
     def end(latents: Tensor) -> Tensor:
         ended = ending(latents)
