@@ -54,6 +54,6 @@ constraints:
 	$(PYTHON) -m venv --clear $(RESOLVED)
 	$(if $(GPU),,$(RESOLVED)/bin/pip $(CPU_TORCH) "$(TORCH)")
 	$(RESOLVED)/bin/pip install --quiet "$(TORCH)" --editable ".[dev]" hatchling editables
-	echo "# Versions that are known to pass together, on Python 3.11 and 3.12. Written by \`make constraints\`." > constraints.txt
+	echo "# Versions that are known to pass together on Python 3.11, and to install on 3.12. Written by \`make constraints\`." > constraints.txt
 	$(RESOLVED)/bin/pip freeze --all --exclude-editable | sed '/^pip==/d; s/+.*//' >> constraints.txt
 	rm -r $(RESOLVED)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from mitune.information import SCORES, Trace
 from mitune.models import Model, prompted
 from mitune.probe import MIProbe
 from mitune.prompts import refuse_cut
+from mitune.quiet import quiet_pipelines
 from mitune.racing import Race
 
 log = logging.getLogger(__name__)
@@ -55,20 +56,6 @@ def candidate_seed(seed: int, prompt: str, candidate: int) -> int:
     """The seed of candidate j of a prompt, the same wherever and whenever it is made."""
     digest = hashlib.sha256(f"{seed}\n{prompt}\n{candidate}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
-
-
-@contextmanager
-def quiet_pipelines() -> Iterator[None]:
-    """Silences diffusers' warnings about prompt lengths, which mitune has checked, and about a lifted autoencoder."""
-    loggers = [logging.getLogger(f"diffusers.{part}") for part in ("pipelines", "models")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 def generate(

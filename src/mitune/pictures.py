@@ -26,10 +26,10 @@ from torch import Generator, Tensor, nn
 from mitune.batches import called_through, texts_encoded_once
 from mitune.denoiser import denoiser_of, execution_device
 from mitune.errors import MituneError, ModelError
-from mitune.generate import quiet_pipelines
 from mitune.image_files import as_shown
 from mitune.latent_map import PROBES, LatentMap, probes
 from mitune.models import Model, prompted
+from mitune.quiet import quiet_pipelines
 
 log = logging.getLogger(__name__)
 AT_ONCE = 2**16  # pixels in one call of the autoencoder, whose activations take a kilobyte or more each

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _LEFT_OUT = {
     "transformers.utils.import_utils": "requires torchvision (not installed)",  # pillow, which takes its place, will do
@@ -18,3 +20,17 @@ def quiet_libraries() -> None:
 
 def _is_for_users(record: logging.LogRecord) -> bool:
     return _LEFT_OUT[record.name] not in record.getMessage()
+
+
+@contextmanager
+def quiet_pipelines() -> Iterator[None]:
+    """Silences warnings about the length of prompts, which mitune has checked, and about a lifted autoencoder."""
+    loggers = [logging.getLogger(name) for name in ("diffusers.pipelines", "diffusers.models", "transformers")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

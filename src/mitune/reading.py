@@ -7,7 +7,6 @@ tokenizers are watched, and what they hand on is compared with all the tokens of
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from mitune.calls import calling
 from mitune.denoiser import denoiser_of
 from mitune.errors import MituneError
 from mitune.models import prompted
+from mitune.quiet import quiet_pipelines
 
 TOGETHER = 32  # texts in one call
 
@@ -196,7 +196,7 @@ def _up_to_the_denoiser(
 
     with ExitStack() as stack:
         stack.callback(pipe.maybe_free_model_hooks)  # last, as it sets up the hooks of offloading anew
-        stack.enter_context(_silent())
+        stack.enter_context(quiet_pipelines())
         bars = getattr(pipe, "_progress_bar_config", {})
         stack.callback(setattr, pipe, "_progress_bar_config", bars)
         pipe.set_progress_bar_config(**{**bars, "disable": True})
@@ -246,17 +246,3 @@ def _once_a_shape(known: dict[Any, Any], forward: Callable[..., Any], *args: Any
         known.clear()  # hidden states of all layers take much room
         known[shape] = forward(*given[0], **given[1])
     return joined([known[shape]] * len(tokens))
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Silences what the libraries say of long texts, which mitune says better."""
-    loggers = [logging.getLogger(name) for name in ("diffusers.pipelines", "transformers")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
