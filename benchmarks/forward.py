@@ -6,11 +6,11 @@ import timeit
 
 import torch
 
-from mitune.conditioning import unflatten
-from mitune.config import EMBEDDED, ModelConfig
-from mitune.denoiser import denoiser_of
-from mitune.generate import condition
-from mitune.models import load_model
+from mitune.config.schema import EMBEDDED, ModelConfig
+from mitune.denoiser.conditioning import unflatten
+from mitune.denoiser.network import denoiser_of
+from mitune.denoiser.opening.models import load_model
+from mitune.denoiser.sampling import condition
 
 BATCH, REPEATS = 64, 20
 

@@ -41,13 +41,13 @@ from transformers import (
     T5Tokenizer,
 )
 
-from mitune.adapter import add_adapter
-from mitune.config import FinetuneConfig, ModelConfig, PoolConfig
-from mitune.denoiser import denoiser_of, rows_counted
-from mitune.finetuning import finetune
-from mitune.models import load_model, model_folder
-from mitune.pool import build_pool
-from mitune.shapes.prompts import prompt_list
+from mitune.config.schema import FinetuneConfig, ModelConfig, PoolConfig
+from mitune.denoiser.network import denoiser_of, rows_counted
+from mitune.denoiser.opening.models import load_model, model_folder
+from mitune.finetuning.adapter import add_adapter
+from mitune.finetuning.run import finetune
+from mitune.pool.build import build_pool
+from mitune.worlds.shapes.prompts import prompt_list
 
 TOKENS, T5_TOKENS = 77, 256
 POOL_IMAGES, TRAINING_ITERATIONS = 700 * 50, 300  # of the papers

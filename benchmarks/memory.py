@@ -18,11 +18,11 @@ from pathlib import Path
 import torch
 from timing import DEVICE, print_table
 
-from mitune.config import ModelConfig, PoolConfig
-from mitune.models import load_model
-from mitune.pool import build_pool
-from mitune.shapes.grammar import CATEGORIES
-from mitune.shapes.prompts import prompt_list
+from mitune.config.schema import ModelConfig, PoolConfig
+from mitune.denoiser.opening.models import load_model
+from mitune.pool.build import build_pool
+from mitune.worlds.shapes.grammar import CATEGORIES
+from mitune.worlds.shapes.prompts import prompt_list
 
 BATCH, STEPS = 16, 2
 

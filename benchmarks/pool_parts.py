@@ -19,12 +19,12 @@ import torch
 from PIL.Image import Image
 from timing import now, print_table
 
-from mitune.config import EMBEDDED, ModelConfig, PoolConfig
-from mitune.models import Model, load_model
-from mitune.pool import build_pool
-from mitune.probe import MIProbe, denoiser_of
-from mitune.shapes.prompts import prompt_list
-from mitune.store import Records
+from mitune.config.schema import EMBEDDED, ModelConfig, PoolConfig
+from mitune.denoiser.opening.models import Model, load_model
+from mitune.denoiser.probe import MIProbe, denoiser_of
+from mitune.pool.build import build_pool
+from mitune.run.store import Records
+from mitune.worlds.shapes.prompts import prompt_list
 
 
 def main(argv: Sequence[str] | None = None) -> None:

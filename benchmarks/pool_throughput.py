@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from timing import cost_ratio, print_table
 
-from mitune.config import ModelConfig, PoolConfig
-from mitune.models import load_model
-from mitune.pool import build_pool
-from mitune.shapes.prompts import prompt_list
+from mitune.config.schema import ModelConfig, PoolConfig
+from mitune.denoiser.opening.models import load_model
+from mitune.pool.build import build_pool
+from mitune.worlds.shapes.prompts import prompt_list
 
 
 def main(argv: Sequence[str] | None = None) -> None:

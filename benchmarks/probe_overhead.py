@@ -15,11 +15,11 @@ import torch
 from timing import cost_ratio, print_table
 from torch import Tensor
 
-from mitune.config import EMBEDDED, ModelConfig
-from mitune.generate import quiet_pipelines
-from mitune.information import Trace
-from mitune.models import Model, load_model
-from mitune.probe import MIProbe
+from mitune.config.schema import EMBEDDED, ModelConfig
+from mitune.denoiser.opening.models import Model, load_model
+from mitune.denoiser.probe import MIProbe
+from mitune.denoiser.sampling import quiet_pipelines
+from mitune.information.core import Trace
 
 PROMPT = "a red circle and a blue square"
 

@@ -17,10 +17,10 @@ from statistics import correlation, linear_regression, median
 import torch
 from timing import print_table, seconds
 
-from mitune.config import ModelConfig, PoolConfig
-from mitune.models import load_model
-from mitune.pool import build_pool
-from mitune.shapes.prompts import prompt_list
+from mitune.config.schema import ModelConfig, PoolConfig
+from mitune.denoiser.opening.models import load_model
+from mitune.pool.build import build_pool
+from mitune.worlds.shapes.prompts import prompt_list
 
 BATCH = 16
 GRIDS = {

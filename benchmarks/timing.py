@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from mitune.config import ModelConfig
-from mitune.models import device_of
+from mitune.config.schema import ModelConfig
+from mitune.denoiser.opening.models import device_of
 
 DEVICE = device_of(ModelConfig())
 CLOCK = "wall time" if DEVICE.type == "cuda" else "processor time on one thread"

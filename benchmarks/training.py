@@ -24,16 +24,16 @@ from diffusers.optimization import get_scheduler
 from timing import DEVICE, Spread, now, print_table, seconds
 from torch.utils.data import DataLoader
 
-from mitune.adapter import add_adapter, trainable
-from mitune.components import Components
-from mitune.conditioning import unflatten
-from mitune.config import FinetuneConfig, ModelConfig
-from mitune.finetuning import finetune
-from mitune.generate import condition
-from mitune.models import load_model
-from mitune.shapes.prompts import prompt_list
-from mitune.store import write_bytes, write_tensors
-from mitune.training_set import TrainingSet
+from mitune.config.schema import FinetuneConfig, ModelConfig
+from mitune.denoiser.conditioning import unflatten
+from mitune.denoiser.opening.components import Components
+from mitune.denoiser.opening.models import load_model
+from mitune.denoiser.sampling import condition
+from mitune.finetuning.adapter import add_adapter, trainable
+from mitune.finetuning.dataset import TrainingSet
+from mitune.finetuning.run import finetune
+from mitune.run.store import write_bytes, write_tensors
+from mitune.worlds.shapes.prompts import prompt_list
 
 BURN_IN = 2  # iterations
 MODEL = ModelConfig(name="shapes-sd")

@@ -11,7 +11,7 @@ import random
 import numpy as np
 from PIL import Image, ImageDraw
 
-from mitune.shapes.scene import BACKGROUND, DARK, RGB, Scene
+from mitune.worlds.shapes.scene import BACKGROUND, DARK, RGB, Scene
 
 FINE = 8  # samples a pixel, each way
 SHIFT, SIZE, SHADE, QUALITY = 1.0, 0.08, 12, 90  # pixels each way, share, of 255 in each channel, of JPEG

@@ -11,8 +11,8 @@ from diffusers import DDIMScheduler, StableDiffusion3Pipeline, StableDiffusionXL
 from safetensors.torch import save_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel, T5Tokenizer
 
-from mitune.config import ModelConfig
-from mitune.probe import MIProbe
+from mitune.config.schema import ModelConfig
+from mitune.denoiser.probe import MIProbe
 from tests.tiny import PROMPTS, TOKENS, _text_config, tiny_sd, tiny_sd3, tiny_tokenizer, tiny_vae
 
 CALLS: dict[str, dict[str, Any]] = {

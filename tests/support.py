@@ -91,7 +91,7 @@ def write(file: Path, outcomes: Mapping[tuple[str, str], str], refused: Sequence
         "sets the one, and mitune gives a blank for the other. The rest are refused with an error that says so.",
         "",
         "A family that is not listed works if it calls its network as Stable Diffusion does; one line in the table of",
-        "`src/mitune/denoiser.py` says what is different. At the first step of each call, what the pipeline hands its",
+        "`src/mitune/denoiser/network.py` says what is different. At the first step of each call, what the pipeline hands its",
         "scheduler is compared with what is scored: latents, time, sign, and the order of the two outputs. A model",
         "that is used in another way is refused, rather than scored wrongly.",
         "",

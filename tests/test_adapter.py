@@ -15,7 +15,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from mitune.adapter import (
+from mitune.config.schema import FinetuneConfig, ModelConfig
+from mitune.denoiser.opening.components import Components
+from mitune.errors import MituneError, ModelError
+from mitune.finetuning.adapter import (
     WEIGHTS_FILE,
     adapted_layers,
     add_adapter,
@@ -26,9 +29,6 @@ from mitune.adapter import (
     trainable,
     write_card,
 )
-from mitune.components import Components
-from mitune.config import FinetuneConfig, ModelConfig
-from mitune.errors import MituneError, ModelError
 from tests.sets import images_of, saved_pipeline
 from tests.tiny import tiny_sd, tiny_sd3
 

@@ -7,13 +7,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from mitune.config import PoolConfig
+from mitune.config.schema import PoolConfig
+from mitune.denoiser.opening.models import Model
+from mitune.denoiser.sampling import generate
 from mitune.errors import MituneError
-from mitune.generate import generate
-from mitune.metrics.judgment import shapes_metric
-from mitune.models import Model
-from mitune.pool import build_pool
-from mitune.seals import SEAL, faults, read_seal
+from mitune.evaluation.metrics.judgment import shapes_metric
+from mitune.pool.build import build_pool
+from mitune.run.seals import SEAL, faults, read_seal
 from tests.test_pool import PROMPTS, files_of
 from tests.tiny import tiny_sd
 
@@ -126,7 +126,7 @@ def spoil(monkeypatch, *prompts):
                 batch.latents[row] = torch.nan
         return batch
 
-    monkeypatch.setattr("mitune.generate.generate", spoiled)
+    monkeypatch.setattr("mitune.denoiser.sampling.generate", spoiled)
 
 
 @pytest.mark.parametrize("select", ["contrast", "self-confidence", "margin-words", "random", "mi-tune@0.5", "early"])

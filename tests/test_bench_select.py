@@ -23,18 +23,18 @@ from mitune.bench.select import (
     some_of_each,
 )
 from mitune.bench.select_tables import SHOWN, gap_figure, only, prediction_of, summarize_study, tables_of, tau_figure
-from mitune.config import ModelConfig
-from mitune.contrast import POST_HOC
+from mitune.config.schema import ModelConfig
 from mitune.errors import MituneError
-from mitune.metrics.judgment import shapes_metric
-from mitune.metrics.statistics import bootstrap_ratio
-from mitune.negatives import shapes_negatives, wider_negatives
-from mitune.shapes.check import Share
-from mitune.shapes.grammar import CATEGORIES, parse
-from mitune.shapes.judge import judge
-from mitune.shapes.prompts import prompt_list, shapes_prompts
-from mitune.shapes.scene import parts, render, sample_scene
-from mitune.store import write_json
+from mitune.evaluation.metrics.judgment import shapes_metric
+from mitune.evaluation.statistics import bootstrap_ratio
+from mitune.information.contrast import POST_HOC
+from mitune.prompts.negatives import shapes_negatives, wider_negatives
+from mitune.run.store import write_json
+from mitune.worlds.shapes.check import Share
+from mitune.worlds.shapes.grammar import CATEGORIES, parse
+from mitune.worlds.shapes.judge import judge
+from mitune.worlds.shapes.prompts import prompt_list, shapes_prompts
+from mitune.worlds.shapes.scene import parts, render, sample_scene
 
 PROMPT = "a red circle to the left of a blue square"
 

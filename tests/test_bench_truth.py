@@ -13,15 +13,15 @@ from torch import Generator
 from mitune.bench import truth, truth_tables
 from mitune.bench.truth import ASKED, CAPTION, UNRELATED, ask, noisy_end, study
 from mitune.bench.truth_tables import calibration_figure, correlation, kendall, spearman, tables_of
-from mitune.config import ModelConfig
+from mitune.config.schema import ModelConfig
+from mitune.denoiser.opening.models import load_model
+from mitune.denoiser.pictures import encode_images
 from mitune.errors import MituneError
-from mitune.information import Estimate, LogisticProposal, alpha_sigma, point_wise_draws, true_noise
-from mitune.models import load_model
-from mitune.pictures import encode_images
+from mitune.information.core import Estimate, LogisticProposal, alpha_sigma, point_wise_draws, true_noise
 from mitune.scoring import score
-from mitune.shapes.grammar import COLORS, SHAPES, TEXTURES, parse
-from mitune.shapes.scene import picture, sample_scene
-from mitune.shapes.truth import Truth
+from mitune.worlds.shapes.grammar import COLORS, SHAPES, TEXTURES, parse
+from mitune.worlds.shapes.scene import picture, sample_scene
+from mitune.worlds.shapes.truth import Truth
 
 
 @pytest.fixture(scope="module")

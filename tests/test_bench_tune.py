@@ -10,7 +10,7 @@ import pytest
 
 from mitune.bench.tune import gains, markdown
 from mitune.cli import app
-from mitune.models import adapter_checksum
+from mitune.denoiser.opening.models import adapter_checksum
 
 
 def table(**right):

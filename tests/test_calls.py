@@ -4,10 +4,10 @@ import pytest
 import torch
 from diffusers import FluxPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline
 
-from mitune.calls import calling, check_call, size_grid
+from mitune.denoiser.opening.calls import calling, check_call, size_grid
+from mitune.denoiser.opening.models import Model
+from mitune.denoiser.sampling import Request, condition, generate
 from mitune.errors import ModelError
-from mitune.generate import Request, condition, generate
-from mitune.models import Model
 from tests.families import flux
 from tests.tiny import SD3_CALL, tiny_sd, tiny_sd3
 

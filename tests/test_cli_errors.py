@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 
 from mitune.cli import app
 from mitune.cli.boundary import Commands, last_word
+from mitune.config.resolve import PRESETS
 from mitune.errors import MituneError
-from mitune.settings import PRESETS
-from mitune.stopping import Stopped
+from mitune.run.stopping import Stopped
 from tests.tiny import tiny_sd
 
 LONG = "x" * 300

@@ -6,12 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mitune.config import GRADUAL, FinetuneConfig, ModelConfig
+from mitune.config.schema import GRADUAL, FinetuneConfig, ModelConfig
+from mitune.denoiser.opening.models import load_model
+from mitune.denoiser.sampling import Request, generate
 from mitune.errors import MituneError
-from mitune.finetuning import finetune
-from mitune.generate import Request, generate
-from mitune.models import load_model
-from mitune.racing import Race
+from mitune.finetuning.run import finetune
+from mitune.pool.race import Race
 from tests.sets import saved_pipeline, write_set
 from tests.test_cli import mitune
 from tests.test_finetuning import largest_difference, rows_of, weights_of

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mitune.conditioning import flatten, groups, stack, unflatten
+from mitune.denoiser.conditioning import flatten, groups, stack, unflatten
 from mitune.errors import MituneError, ModelError
 
 

@@ -6,8 +6,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from mitune.config import PoolConfig
-from mitune.contrast import (
+from mitune.config.schema import PoolConfig
+from mitune.denoiser.opening.models import Model
+from mitune.denoiser.path import path_of
+from mitune.denoiser.sampling import condition
+from mitune.information.contrast import (
     ALL,
     ASKED,
     BANDS,
@@ -36,11 +39,8 @@ from mitune.contrast import (
     two_stage,
     words_left_out,
 )
-from mitune.generate import condition
-from mitune.information import alpha_sigma
-from mitune.models import Model
-from mitune.path import path_of
-from mitune.pool import build_pool
+from mitune.information.core import alpha_sigma
+from mitune.pool.build import build_pool
 from tests.tiny import SD3_CALL, tiny_sd, tiny_sd3
 
 

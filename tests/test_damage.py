@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from mitune.errors import MituneError
-from mitune.locks import LOCK
+from mitune.run.locks import LOCK
 from mitune.tuning import tune
 from tests.test_tuning import tiny
 

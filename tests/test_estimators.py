@@ -8,12 +8,20 @@ import torch
 from scipy.stats import chi, kstest, multivariate_normal
 
 from mitune.bench import mi
-from mitune.bench.estimators import ESTIMATORS, get_estimator
-from mitune.bench.fields import Gap, PaperField, PlainField, SkeletonField
-from mitune.bench.gaussian import Canonical, Ranks, Skeleton, marginal_map, normalizing_map, radial_map, summary_map
 from mitune.bench.mi_tasks import TASKS, dense_covariance, get_task, normal, paired_covariance, student
-from mitune.bench.networks import Folds, Training
-from mitune.bench.references import (
+from mitune.errors import MituneError
+from mitune.estimators.fields import Gap, PaperField, PlainField, SkeletonField
+from mitune.estimators.gaussian import (
+    Canonical,
+    Ranks,
+    Skeleton,
+    marginal_map,
+    normalizing_map,
+    radial_map,
+    summary_map,
+)
+from mitune.estimators.networks import Folds, Training
+from mitune.estimators.references import (
     CCA,
     KSG,
     GaussianCopula,
@@ -23,8 +31,8 @@ from mitune.bench.references import (
     nguyen_wainwright_jordan,
     smile,
 )
-from mitune.errors import MituneError
-from mitune.information import TRUNCATION, LogisticProposal
+from mitune.estimators.table import ESTIMATORS, get_estimator
+from mitune.information.core import TRUNCATION, LogisticProposal
 
 QUICK = Training(members=2, width=32, steps=200, batch=128, patience=2, draws=8)
 PAIR = get_task("1v1-normal-0.75")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pyarrow.parquet as pq
 import pytest
 
-from mitune.config import Config, EvalConfig, ModelConfig
-from mitune.evaluation import Variant, evaluate
-from mitune.metrics.judgment import Judgment
-from mitune.shapes.prompts import Listed
+from mitune.config.schema import Config, EvalConfig, ModelConfig
+from mitune.evaluation.evaluate import Variant, evaluate
+from mitune.evaluation.metrics.judgment import Judgment
+from mitune.worlds.shapes.prompts import Listed
 from tests.families import CASES
 
 SCALES = {"base": None, "the same": 2.0, "more": 6.0}

@@ -13,22 +13,22 @@ import torch
 from diffusers import ChromaTransformer2DModel, FlowMatchEulerDiscreteScheduler
 from peft import PeftModel
 
-from mitune.adapter import WEIGHTS_FILE, add_adapter, save_adapter, trainable
-from mitune.batches import called_through
-from mitune.components import Components
-from mitune.config import FinetuneConfig, ModelConfig, PoolConfig
-from mitune.denoiser import denoiser_of, network_output
+from mitune.config.schema import FinetuneConfig, ModelConfig, PoolConfig
+from mitune.denoiser.batches import called_through
+from mitune.denoiser.network import denoiser_of, network_output
+from mitune.denoiser.opening.components import Components
+from mitune.denoiser.opening.models import Model, load_adapter, load_model, prompted
+from mitune.denoiser.path import path_of
+from mitune.denoiser.pictures import decode, encode_images
+from mitune.denoiser.probe import MIProbe
 from mitune.errors import GuidanceError, MituneError, ModelError
-from mitune.finetuning import finetune
-from mitune.information import get_score
-from mitune.loss import denoising_errors, draw, shift_of
-from mitune.models import Model, load_adapter, load_model, prompted
-from mitune.path import path_of
-from mitune.pictures import decode, encode_images
-from mitune.pool import build_pool
-from mitune.probe import MIProbe
+from mitune.finetuning.adapter import WEIGHTS_FILE, add_adapter, save_adapter, trainable
+from mitune.finetuning.dataset import TrainingSet
+from mitune.finetuning.loss import denoising_errors, draw, shift_of
+from mitune.finetuning.run import finetune
+from mitune.information.core import get_score
+from mitune.pool.build import build_pool
 from mitune.scoring import score
-from mitune.training_set import TrainingSet
 from tests.families import CASES, PICTURE, PROMPTS, TEXT, flux
 from tests.tiny import tiny_sd3
 

@@ -9,15 +9,15 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-import mitune.finetuning
-import mitune.trainer as module
-from mitune.adapter import WEIGHTS_FILE
-from mitune.components import Components
-from mitune.config import FinetuneConfig, ModelConfig
+import mitune.finetuning.run
+import mitune.finetuning.trainer as module
+from mitune.config.schema import FinetuneConfig, ModelConfig
+from mitune.denoiser.opening.components import Components
 from mitune.errors import MituneError, ModelError
-from mitune.finetuning import finetune
-from mitune.sealed import unpack
-from mitune.stopping import Stopped, signals_raised
+from mitune.finetuning.adapter import WEIGHTS_FILE
+from mitune.finetuning.run import finetune
+from mitune.run.sealed import unpack
+from mitune.run.stopping import Stopped, signals_raised
 from tests.sets import images_of, saved_pipeline, write_set
 
 
@@ -57,13 +57,13 @@ def largest_difference(first, second):
 def test_loaded_adapter_makes_the_images_of_the_tuned_model(kind, adapter, text_encoder, world, tmp_path, monkeypatch):
     model, dataset = world[kind]
     kept = {}
-    save = mitune.finetuning.save_adapter
+    save = mitune.finetuning.run.save_adapter
 
     def watched(folder, cls, modules, notes):
         kept.update(modules)
         save(folder, cls, modules, notes)
 
-    monkeypatch.setattr(mitune.finetuning, "save_adapter", watched)
+    monkeypatch.setattr(mitune.finetuning.run, "save_adapter", watched)
     config = config_of(adapter=adapter, text_encoder=text_encoder)
     result = finetune(model, dataset, tmp_path / "adapter", config)
     assert (result.adapter, result.iterations, result.skipped) == (tmp_path / "adapter", 3, 0)

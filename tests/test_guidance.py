@@ -11,16 +11,16 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler
 from PIL import Image
 
-import mitune.denoiser
-from mitune.adapter import add_adapter
-from mitune.config import FinetuneConfig
-from mitune.denoiser import Family, family_of
+import mitune.denoiser.network
+from mitune.config.schema import FinetuneConfig
+from mitune.denoiser.guidance import steps_watched, sums
+from mitune.denoiser.network import Family, family_of
+from mitune.denoiser.opening.models import Model
+from mitune.denoiser.probe import MIProbe
+from mitune.denoiser.sampling import condition
 from mitune.errors import GuidanceError, ModelError
-from mitune.generate import condition
-from mitune.guidance import steps_watched, sums
-from mitune.information import get_score
-from mitune.models import Model
-from mitune.probe import MIProbe
+from mitune.finetuning.adapter import add_adapter
+from mitune.information.core import get_score
 from mitune.scoring import score
 from tests.families import CASES, FREE, HIDDEN, PICTURE, PROMPTS, TEXT, VP, flow, flux, ltx, sana, seeded, t5, tokenizer
 from tests.tiny import tiny_sd
@@ -102,7 +102,7 @@ def test_watching_leaves_the_scheduler_as_it_was():
 )
 def test_a_wrong_row_is_refused(row, what, monkeypatch):
     """What the table says of a family is checked against what the pipeline does, on-line and post-hoc."""
-    monkeypatch.setattr(mitune.denoiser, "_FAMILIES", {"UNet2DConditionModel": Family(**row)})
+    monkeypatch.setattr(mitune.denoiser.network, "_FAMILIES", {"UNet2DConditionModel": Family(**row)})
     pipe = seeded(tiny_sd)()
     with pytest.raises(ModelError, match=what), MIProbe(pipe):
         sample(pipe)
@@ -226,7 +226,7 @@ def test_more_families(make, call, monkeypatch):
     if not row.added_guidance:
         kind = type(pipe.transformer).__name__
         wrong = replace(row, timestep_factor=1.0 if row.timestep_factor != 1 else 2.0, timestep_setting=None)
-        monkeypatch.setattr(mitune.denoiser, "_FAMILIES", {kind: wrong})
+        monkeypatch.setattr(mitune.denoiser.network, "_FAMILIES", {kind: wrong})
         with pytest.raises(ModelError, match="was told the time"):
             score(pipe, latents, prompts, draws=4, call=call)
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 
-from mitune import hub
+from mitune.denoiser.opening import hub
+from mitune.denoiser.opening.hub import source_of
 from mitune.errors import ModelError
-from mitune.hub import source_of
 
 INFO = b'{"id": "a/b", "siblings": [{"rfilename": "model_index.json"}, {"rfilename": "unet/config.json"}]}'
 

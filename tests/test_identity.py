@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mitune.config import EvalConfig, FinetuneConfig, ModelConfig, PoolConfig
+from mitune.config.schema import EvalConfig, FinetuneConfig, ModelConfig, PoolConfig
+from mitune.denoiser.opening.identity import digest, model_identity, model_parts, settings_that_matter
 from mitune.errors import ModelError
-from mitune.identity import digest, model_identity, model_parts, settings_that_matter
 from tests.tiny import tiny_sd
 
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from mitune.errors import MituneError
-from mitune.image_files import as_shown, on_grid, read_picture
+from mitune.files.images import as_shown, on_grid, read_picture
 
 RED, GRAY = (255, 0, 0), (128, 128, 128)
 

@@ -15,8 +15,9 @@ from scipy.special import lambertw
 from scipy.stats import t as student
 from torch import Tensor
 
+from mitune.denoiser.path import path_of
 from mitune.errors import MituneError
-from mitune.information import (
+from mitune.information.core import (
     SCORES,
     TRUNCATION,
     Estimate,
@@ -35,7 +36,6 @@ from mitune.information import (
     true_noise,
     velocity_difference,
 )
-from mitune.path import path_of
 
 RHO = 0.8
 V = 1 - RHO**2

@@ -6,11 +6,11 @@ import shutil
 import pytest
 from safetensors.torch import load_file, save_file
 
-from mitune import layout
-from mitune.components import Components
-from mitune.config import ModelConfig
+from mitune.config.schema import ModelConfig
+from mitune.denoiser.opening import layout
+from mitune.denoiser.opening.components import Components
+from mitune.denoiser.opening.models import load_model
 from mitune.errors import ModelError
-from mitune.models import load_model
 from tests.tiny import tiny_sd
 
 

@@ -9,13 +9,13 @@ from contextlib import nullcontext
 import pytest
 
 from mitune.errors import MituneError
-from mitune.locks import LOCK, one_of_many, sole_worker, sweep
-from mitune.store import unfinished, unfinished_folder
+from mitune.run.locks import LOCK, one_of_many, sole_worker, sweep
+from mitune.run.store import unfinished, unfinished_folder
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from mitune.locks import one_of_many, sole_worker
+from mitune.run.locks import one_of_many, sole_worker
 folder, *shard = sys.argv[1:]
 with one_of_many(Path(folder), (int(shard[0]), int(shard[1]))) if shard else sole_worker(Path(folder)):
     print("here", flush=True)

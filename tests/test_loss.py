@@ -5,11 +5,11 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import nn
 
-from mitune.config import FinetuneConfig
+from mitune.config.schema import FinetuneConfig
+from mitune.denoiser.path import path_of
 from mitune.errors import ModelError
-from mitune.loss import denoising_errors, draw, encode, shift_of, target_of
-from mitune.path import path_of
-from mitune.training_set import TrainingSet
+from mitune.finetuning.dataset import TrainingSet
+from mitune.finetuning.loss import denoising_errors, draw, encode, shift_of, target_of
 from tests.sets import BUILDERS, CALLS, write_set
 from tests.tiny import PROMPTS, tiny_sd
 

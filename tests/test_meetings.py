@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from mitune.config import ModelConfig, PoolConfig
+from mitune.config.schema import ModelConfig, PoolConfig
 from tests.test_pool import files_of
 
 PROMPTS = ["a red circle", "a blue square", "three green crosses", "a yellow star"]
@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)  # sums in another number of parts end in other bits
 from mitune.errors import MituneError
-from mitune.identity import model_identity
-from mitune.models import load_model
-from mitune.pool import build_pool
+from mitune.denoiser.opening.identity import model_identity
+from mitune.denoiser.opening.models import load_model
+from mitune.pool.build import build_pool
 from tests.test_meetings import CONFIG, MODEL, PROMPTS
 folder, first, count = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 model = load_model(MODEL)

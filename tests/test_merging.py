@@ -5,9 +5,9 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
-from mitune.adapter import add_adapter, trainable
-from mitune.config import FinetuneConfig
-from mitune.merging import channels_last, merged_layers
+from mitune.config.schema import FinetuneConfig
+from mitune.finetuning.adapter import add_adapter, trainable
+from mitune.finetuning.layers import channels_last, merged_layers
 from tests.tiny import tiny_sd, tiny_sd3
 
 

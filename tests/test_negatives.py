@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from mitune.errors import MituneError
-from mitune.negatives import Negative, hard_negatives, load_negatives, shapes_negatives
-from mitune.rewording import IRREGULAR, NUMBERS, OBJECTS, plural, singular
-from mitune.shapes.grammar import CATEGORIES, parse
-from mitune.shapes.prompts import prompt_list
-from mitune.shapes.scene import parts, sample_scene
+from mitune.prompts.negatives import Negative, hard_negatives, load_negatives, shapes_negatives
+from mitune.prompts.rewording import IRREGULAR, NUMBERS, OBJECTS, plural, singular
+from mitune.worlds.shapes.grammar import CATEGORIES, parse
+from mitune.worlds.shapes.prompts import prompt_list
+from mitune.worlds.shapes.scene import parts, sample_scene
 
 LISTS = Path(__file__).parents[2] / "shared" / "data" / "t2i_compbench"
 

@@ -9,15 +9,15 @@ import torch
 from accelerate import cpu_offload
 from torch import nn
 
-from mitune.config import PoolConfig
-from mitune.contrast import gather
-from mitune.denoiser import execution_device
-from mitune.generate import Request, generate
-from mitune.models import Model
-from mitune.pictures import decode, encode_images
-from mitune.pool import build_pool
+from mitune.config.schema import PoolConfig
+from mitune.denoiser.network import execution_device
+from mitune.denoiser.opening.models import Model
+from mitune.denoiser.pictures import decode, encode_images
+from mitune.denoiser.sampling import Request, generate
+from mitune.finetuning.dataset import TrainingSet
+from mitune.information.contrast import gather
+from mitune.pool.build import build_pool
 from mitune.scoring import score
-from mitune.training_set import TrainingSet
 from tests.families import CASES
 
 PROMPTS = ["a red ball", "two blue cubes"]

@@ -11,11 +11,11 @@ from diffusers import AutoencoderTiny, StableDiffusionPipeline, VQModel
 from diffusers.pipelines.pixart_alpha import pipeline_pixart_alpha
 from PIL import Image
 
-from mitune.batches import called_through
+from mitune.denoiser.batches import called_through
+from mitune.denoiser.latent_map import LatentMap, probes
+from mitune.denoiser.opening.models import Model
+from mitune.denoiser.pictures import decode, encode_images
 from mitune.errors import MituneError, ModelError
-from mitune.latent_map import LatentMap, probes
-from mitune.models import Model
-from mitune.pictures import decode, encode_images
 from mitune.scoring import score
 from tests.families import CASES, PICTURE, PROMPTS
 from tests.tiny import tiny_sd, tiny_sd3
@@ -70,7 +70,7 @@ class TestDecoding:
         with caplog.at_level(logging.WARNING):
             made = list(decode(Model(pipe, {}, "tiny"), torch.randn(2, 4, 8, 8)))
         assert levels(made) == 1
-        assert [record.message for record in caplog.records if record.name == "mitune.pictures"] == [
+        assert [record.message for record in caplog.records if record.name == "mitune.denoiser.pictures"] == [
             "2 of 2 pictures came out broken, as the autoencoder overflows in float16; set model.dtype to float32."
         ]
 

@@ -9,14 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import mitune.pool
-from mitune.config import PoolConfig
+import mitune.pool.build
+from mitune.config.schema import PoolConfig
+from mitune.denoiser.opening.models import Model
+from mitune.denoiser.pictures import decode
+from mitune.denoiser.sampling import Request, candidate_seed, generate, generate_all
 from mitune.errors import MituneError
-from mitune.generate import Request, candidate_seed, generate, generate_all
-from mitune.information import SCORES, Trace, get_score
-from mitune.models import Model
-from mitune.pictures import decode
-from mitune.pool import build_pool
+from mitune.information.core import SCORES, Trace, get_score
+from mitune.pool.build import build_pool
 from tests.tiny import tiny_sd, tiny_sd3
 
 PROMPTS = ["a red circle", "a blue square", "two green crosses"]
@@ -136,7 +136,7 @@ def test_nan_costs_one_candidate(model, tmp_path, monkeypatch, caplog):
             batch.latents[0] = torch.nan
         return batch
 
-    monkeypatch.setattr("mitune.generate.generate", spoiled)
+    monkeypatch.setattr("mitune.denoiser.sampling.generate", spoiled)
     result = build_pool(model, PROMPTS, tmp_path / "pool", CONFIG)
     columns = pq.read_table(result.table).to_pydict()
     assert result.broken == columns["status"].count("nan") == 1
@@ -150,7 +150,7 @@ def test_out_of_memory_costs_a_smaller_batch(model, monkeypatch, caplog):
             raise torch.OutOfMemoryError
         return generate(model, chunk, batch_size, on_step)
 
-    monkeypatch.setattr("mitune.generate.generate", scarce)
+    monkeypatch.setattr("mitune.denoiser.sampling.generate", scarce)
     assert len(latents_by_seed(model, requests(), 4)) == 6
     assert "batches of 2" in caplog.text
 
@@ -177,7 +177,7 @@ def test_oracle_needs_a_judge(model, tmp_path):
 
 
 def test_a_full_disk_stops_cleanly_and_goes_on(model, tmp_path, monkeypatch):
-    real, calls = mitune.pool.Records.write, []
+    real, calls = mitune.pool.build.Records.write, []
 
     def full(self, index, table, tensors):
         calls.append(index)
@@ -186,7 +186,7 @@ def test_a_full_disk_stops_cleanly_and_goes_on(model, tmp_path, monkeypatch):
         real(self, index, table, tensors)
 
     with monkeypatch.context() as patch:
-        patch.setattr("mitune.pool.Records.write", full)
+        patch.setattr("mitune.pool.build.Records.write", full)
         with pytest.raises((MituneError, OSError)):
             build_pool(model, PROMPTS, tmp_path / "stopped" / "pool", CONFIG)
     build_pool(model, PROMPTS, tmp_path / "stopped" / "pool", CONFIG)

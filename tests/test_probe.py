@@ -21,12 +21,12 @@ from diffusers import (
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mitune.conditioning import unflatten
-from mitune.denoiser import denoiser_of
+from mitune.denoiser.conditioning import unflatten
+from mitune.denoiser.network import denoiser_of
+from mitune.denoiser.path import path_of
+from mitune.denoiser.probe import MIProbe
 from mitune.errors import GuidanceError, MituneError, ModelError
-from mitune.information import SCORES, Estimate, get_score
-from mitune.path import path_of
-from mitune.probe import MIProbe
+from mitune.information.core import SCORES, Estimate, get_score
 from tests.tiny import PROMPTS, SD3_CALL, tiny_sd, tiny_sd3
 
 STEPS = 6

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from mitune.denoiser.opening.models import Model
 from mitune.errors import MituneError
-from mitune.models import Model
-from mitune.prompts import check_prompts, load_prompts
+from mitune.prompts.lists import check_prompts, load_prompts
 from tests.tiny import tiny_sd
 
 BENCHMARK = Path(__file__).parents[2] / "shared" / "data" / "t2i_compbench"

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from mitune.quiet import quiet_libraries
+from mitune.denoiser.quiet import quiet_libraries
 
 
 @pytest.mark.parametrize(

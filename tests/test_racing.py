@@ -10,18 +10,18 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from mitune.batches import constant_batches, texts_encoded_once
 from mitune.bench.race import replay
-from mitune.config import PoolConfig
-from mitune.contrast import NEGATIVES, rivals_of
-from mitune.denoiser import denoiser_of
+from mitune.config.schema import PoolConfig
+from mitune.denoiser.batches import constant_batches, texts_encoded_once
+from mitune.denoiser.network import denoiser_of
+from mitune.denoiser.opening.models import Model
+from mitune.denoiser.probe import MIProbe
+from mitune.denoiser.sampling import Request, candidate_seed, generate
 from mitune.errors import MituneError
-from mitune.generate import Request, candidate_seed, generate
-from mitune.information import SCORES, get_score
-from mitune.models import Model
-from mitune.pool import build_pool
-from mitune.probe import MIProbe
-from mitune.racing import Race
+from mitune.information.contrast import NEGATIVES, rivals_of
+from mitune.information.core import SCORES, get_score
+from mitune.pool.build import build_pool
+from mitune.pool.race import Race
 from tests.families import CASES
 from tests.families import PROMPTS as TEXTS
 from tests.tiny import SD3_CALL, tiny_sd, tiny_sd3
@@ -280,7 +280,7 @@ class TestPool:
             assert [row for row in own if row["kept.contrast"]] == [best]
 
     def test_only_those_that_stay_are_judged(self, model, tmp_path):
-        from mitune.metrics.judgment import Judgment
+        from mitune.evaluation.metrics.judgment import Judgment
 
         seen = []
 
@@ -299,7 +299,7 @@ class TestPool:
                 raise torch.OutOfMemoryError
             return generate(model, chunk, batch_size, on_step)
 
-        monkeypatch.setattr("mitune.generate.generate", scarce)
+        monkeypatch.setattr("mitune.denoiser.sampling.generate", scarce)
         config = replace(CONFIG, batch_size=None)
         build_pool(model, PROMPTS[:1], tmp_path / "pool", config)
         assert json.loads((tmp_path / "pool" / "batch_size.json").read_text()) == 4

@@ -7,10 +7,10 @@ from typing import Annotated, get_args, get_origin, get_type_hints
 
 import pytest
 
-from mitune.config import Config, EvalConfig, FinetuneConfig, ModelConfig, PoolConfig
+from mitune.config.ranges import Range, convert
+from mitune.config.resolve import from_mapping, resolve
+from mitune.config.schema import Config, EvalConfig, FinetuneConfig, ModelConfig, PoolConfig
 from mitune.errors import MituneError
-from mitune.ranges import Range, convert
-from mitune.settings import from_mapping, resolve
 
 SECTIONS = {"model": ModelConfig, "pool": PoolConfig, "finetune": FinetuneConfig, "eval": EvalConfig, "": Config}
 SETTINGS = [

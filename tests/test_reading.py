@@ -3,15 +3,15 @@
 import pytest
 import torch
 
-from mitune.config import PoolConfig
-from mitune.contrast import NEGATIVES, read_whole
+from mitune.config.schema import PoolConfig
+from mitune.denoiser.opening.models import Model, prompted
+from mitune.denoiser.probe import MIProbe
+from mitune.denoiser.reading import cut_texts
+from mitune.denoiser.sampling import Request, generate_all
 from mitune.errors import MituneError
-from mitune.generate import Request, generate_all
-from mitune.models import Model, prompted
-from mitune.negatives import hard_negatives
-from mitune.pool import build_pool
-from mitune.probe import MIProbe
-from mitune.reading import cut_texts
+from mitune.information.contrast import NEGATIVES, read_whole
+from mitune.pool.build import build_pool
+from mitune.prompts.negatives import hard_negatives
 from mitune.scoring import score
 from tests.families import CASES
 from tests.sets import tiny_sdxl

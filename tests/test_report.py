@@ -18,8 +18,8 @@ from PIL import Image
 from mitune.errors import MituneError
 from mitune.report import build_report
 from mitune.report.build import context, duration
-from mitune.shapes.grammar import COLORS, SHAPES, Prompt, forms
-from mitune.shapes.scene import fits, parts, render, sample_scene
+from mitune.worlds.shapes.grammar import COLORS, SHAPES, Prompt, forms
+from mitune.worlds.shapes.scene import fits, parts, render, sample_scene
 
 VARIANTS = {"base": 0.45, "self-confidence": 0.62, "random": 0.46, "oracle": 0.7, "base, guidance 2.0": 0.5}
 SCORES = {"self-confidence": 1.0, "mi-tune": -0.6, "rfmi": 0.4, "early": 0.0}  # how much a score knows

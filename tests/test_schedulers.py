@@ -5,13 +5,13 @@ import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, PNDMScheduler
 from safetensors.torch import save_file
 
-from mitune.components import Components
-from mitune.config import ModelConfig
+from mitune.config.resolve import resolve
+from mitune.config.schema import ModelConfig
+from mitune.denoiser.opening.components import Components
+from mitune.denoiser.opening.models import load_model
+from mitune.denoiser.opening.schedulers import said_of_itself, scheduler_for
+from mitune.denoiser.path import path_of
 from mitune.errors import MituneError, ModelError
-from mitune.models import load_model
-from mitune.path import path_of
-from mitune.schedulers import said_of_itself, scheduler_for
-from mitune.settings import resolve
 from tests.test_models import as_one_file
 from tests.tiny import tiny_sd
 

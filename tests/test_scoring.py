@@ -10,11 +10,11 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEuler
 from PIL import Image
 from torch import nn
 
-from mitune.denoiser import denoiser_of
+from mitune.denoiser.network import denoiser_of
+from mitune.denoiser.path import path_of
+from mitune.denoiser.pictures import encode_images
 from mitune.errors import GuidanceError, MituneError
-from mitune.information import UNITS, Estimate, LogisticProposal, RectifiedFlowProposal
-from mitune.path import path_of
-from mitune.pictures import encode_images
+from mitune.information.core import UNITS, Estimate, LogisticProposal, RectifiedFlowProposal
 from mitune.scoring import default_proposal, grid_of, save_heat_map, score
 from tests.families import CASES
 from tests.sets import tiny_sdxl

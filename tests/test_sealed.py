@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 
-from mitune.sealed import pack, unpack
+from mitune.run.sealed import pack, unpack
 
 TENSORS = {"b": torch.arange(6.0).reshape(2, 3), "a": torch.tensor([1, 2, 3]), "c": torch.tensor(0.5).bfloat16()}
 NOTES = {"format": "pt", "what": "ü", "mitune": '{"n": 1}'}

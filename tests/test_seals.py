@@ -2,7 +2,7 @@
 
 import pytest
 
-from mitune.seals import SEAL, faults, read_seal, write_seal
+from mitune.run.seals import SEAL, faults, read_seal, write_seal
 
 
 @pytest.fixture

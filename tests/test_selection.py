@@ -5,7 +5,7 @@ import math
 import pytest
 
 from mitune.errors import MituneError
-from mitune.selection import apply, parse_rule, select, softmax_weights
+from mitune.pool.selection import apply, parse_rule, select, softmax_weights
 
 VALUES = [0.2, math.nan, 0.9, 0.9, -1.0]
 

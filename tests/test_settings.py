@@ -2,9 +2,9 @@
 
 import pytest
 
-from mitune.config import Config
+from mitune.config.resolve import PRESETS, plain, resolve, write_config
+from mitune.config.schema import Config
 from mitune.errors import MituneError
-from mitune.settings import PRESETS, plain, resolve, write_config
 
 
 def test_later_sources_win(tmp_path):

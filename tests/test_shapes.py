@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from diffusers import DiffusionPipeline
 
-from mitune.config import EMBEDDED, ModelConfig
-from mitune.models import load_model, model_folder
-from mitune.pictures import decode, encode_images
-from mitune.shapes.check import check_category
-from mitune.shapes.grammar import CATEGORIES, Phrase, Prompt, PromptError, forms, parse, sample_prompt
-from mitune.shapes.judge import judge, read
-from mitune.shapes.prompts import HELD_OUT, TRAIN, combinations, prompt_list, shapes_prompts
-from mitune.shapes.scene import COLORS, Object, log_likelihood, parts, picture, render, sample_scene
+from mitune.config.schema import EMBEDDED, ModelConfig
+from mitune.denoiser.opening.models import load_model, model_folder
+from mitune.denoiser.pictures import decode, encode_images
+from mitune.worlds.shapes.check import check_category
+from mitune.worlds.shapes.grammar import CATEGORIES, Phrase, Prompt, PromptError, forms, parse, sample_prompt
+from mitune.worlds.shapes.judge import judge, read
+from mitune.worlds.shapes.prompts import HELD_OUT, TRAIN, combinations, prompt_list, shapes_prompts
+from mitune.worlds.shapes.scene import COLORS, Object, log_likelihood, parts, picture, render, sample_scene
 from tests.renderer import draw
 
 

@@ -7,12 +7,12 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 from safetensors.torch import load_file
 
-from mitune.config import EMBEDDED
-from mitune.models import model_folder
-from mitune.shapes.autoencoder import encode_world, training_prompts
-from mitune.shapes.grammar import forms
-from mitune.shapes.phases import DenoiserConfig
-from mitune.shapes.train import export, miscaptioned, stable_targets, train_denoiser
+from mitune.config.schema import EMBEDDED
+from mitune.denoiser.opening.models import model_folder
+from mitune.worlds.shapes.grammar import forms
+from mitune.worlds.shapes.training.autoencoder import encode_world, training_prompts
+from mitune.worlds.shapes.training.phases import DenoiserConfig
+from mitune.worlds.shapes.training.train import export, miscaptioned, stable_targets, train_denoiser
 
 
 def test_every_prompt_has_wrong_captions_that_are_not_its_own():

@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 from mitune.errors import MituneError
-from mitune.metrics.statistics import (
+from mitune.evaluation.statistics import (
     Comparison,
     Interval,
     bootstrap,

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from mitune.stopping import SIGNALS, Stopped, signals_held, signals_raised
+from mitune.run.stopping import SIGNALS, Stopped, signals_held, signals_raised
 
 
 @pytest.fixture(autouse=True)

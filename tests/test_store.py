@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mitune.errors import MituneError
-from mitune.store import Records, claim, read_again, write_bytes, writing
+from mitune.run.store import Records, claim, read_again, write_bytes, writing
 
 
 def write_one(folder):

@@ -8,13 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mitune.adapter import public_name
-from mitune.config import FinetuneConfig, ModelConfig
+from mitune.config.schema import FinetuneConfig, ModelConfig
+from mitune.denoiser.opening.identity import model_parts
 from mitune.errors import MituneError
-from mitune.finetuning import finetune
-from mitune.identity import model_parts
-from mitune.seals import write_seal
-from mitune.training_set import TrainingSet, model_of
+from mitune.finetuning.adapter import public_name
+from mitune.finetuning.dataset import TrainingSet, model_of
+from mitune.finetuning.run import finetune
+from mitune.run.seals import write_seal
 from tests.sets import saved_pipeline, write_set
 from tests.tiny import PROMPTS, TOKENS
 

@@ -7,11 +7,11 @@ import pytest
 import yaml
 
 import mitune.tuning
-from mitune.config import Config, EvalConfig, FinetuneConfig, ModelConfig, PoolConfig
+from mitune.config.schema import Config, EvalConfig, FinetuneConfig, ModelConfig, PoolConfig
+from mitune.denoiser.opening.models import model_folder
 from mitune.errors import MituneError
-from mitune.locks import LOCK
-from mitune.models import model_folder
-from mitune.sealed import pack, unpack
+from mitune.run.locks import LOCK
+from mitune.run.sealed import pack, unpack
 from mitune.tuning import judge_run, tune
 
 

@@ -11,7 +11,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from mitune.versions import check_versions, mismatch
+from mitune.run.versions import check_versions, mismatch
 
 NEEDS = {"mitune": ["transformers<6,>=5", "peft>=0.20", 'colorama; sys_platform == "win32"', 'pytest; extra == "dev"']}
 FITS = {"transformers": "5.3.0", "peft": "0.21.2"}
@@ -68,7 +68,7 @@ def test_every_range_has_a_tested_lower_end():
 
 def test_asking_is_quick_and_imports_no_heavy_library():
     program = (
-        "import sys, time; began = time.process_time(); from mitune.versions import check_versions; check_versions();"
+        "import sys, time; began = time.process_time(); from mitune.run.versions import check_versions; check_versions();"
         "took = time.process_time() - began; heavy = {'torch', 'transformers', 'diffusers', 'peft'} & set(sys.modules);"
         "assert not heavy, heavy; assert took < 1, took"
     )

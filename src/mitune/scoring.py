@@ -19,12 +19,15 @@ from matplotlib.figure import Figure
 from PIL.Image import Image
 from torch import Generator, Tensor
 
-from mitune.calls import size_grid
-from mitune.denoiser import denoiser_of, family_of, network_output
+from mitune.denoiser.network import denoiser_of, family_of, network_output
+from mitune.denoiser.opening.calls import size_grid
+from mitune.denoiser.opening.models import guidance_name, prompted
+from mitune.denoiser.path import NoisePath, path_of
+from mitune.denoiser.pictures import encode_images
+from mitune.denoiser.sampling import first_step
 from mitune.errors import MituneError
-from mitune.generate import first_step
-from mitune.image_files import on_grid
-from mitune.information import (
+from mitune.files.images import on_grid
+from mitune.information.core import (
     TRUNCATION,
     UNITS,
     Estimate,
@@ -35,11 +38,8 @@ from mitune.information import (
     epsilon_and_sample,
     point_wise_draws,
 )
-from mitune.models import guidance_name, prompted
-from mitune.path import NoisePath, path_of
-from mitune.pictures import encode_images
-from mitune.prompts import refuse_cut
-from mitune.store import write_figure
+from mitune.prompts.lists import refuse_cut
+from mitune.run.store import write_figure
 
 NOISINGS_A_STRATUM = 4  # two independent antithetic pairs
 
@@ -79,7 +79,7 @@ def score(
     Raises MituneError for numbers that do not fit, for pictures that are too small, for prompts that the call would
     cut, and for an unknown estimator or scheduler; and GuidanceError if the
     model has no pass without the prompt.
-    Source: eq. (1) of `mitune.information`; standard and orthogonal after ITD (Kong et al., 2024), self-confidence
+    Source: eq. (1) of `mitune.information.core`; standard and orthogonal after ITD (Kong et al., 2024), self-confidence
     after SOLACE (arXiv 2603.00918).
     """
     if len(images) != len(prompts):

@@ -14,20 +14,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from mitune.config import Config, PoolConfig
+from mitune.config.resolve import write_config
+from mitune.config.schema import Config, PoolConfig
+from mitune.denoiser.opening.identity import model_identity, settings_that_matter
+from mitune.denoiser.opening.models import Model, load_model
 from mitune.errors import MituneError
-from mitune.evaluation import Variant, evaluate
-from mitune.finetuning import check_trainable, finetune
-from mitune.identity import model_identity, settings_that_matter
-from mitune.locks import LOCK, sole_worker
-from mitune.metrics.judgment import Metric, metric_for
-from mitune.models import Model, load_model
-from mitune.pool import build_pool
-from mitune.prompts import load_prompts
+from mitune.evaluation.evaluate import Variant, evaluate
+from mitune.evaluation.metrics.judgment import Metric, metric_for
+from mitune.finetuning.run import check_trainable, finetune
+from mitune.pool.build import build_pool
+from mitune.prompts.lists import load_prompts
 from mitune.report.build import build_report
-from mitune.settings import write_config
-from mitune.shapes.prompts import Listed
-from mitune.store import SETTINGS, claim, read_again, write_json
+from mitune.run.locks import LOCK, sole_worker
+from mitune.run.store import SETTINGS, claim, read_again, write_json
+from mitune.worlds.shapes.prompts import Listed
 
 Step = Callable[[int, int], None]
 CONFIG = "config.yaml"  # of a run

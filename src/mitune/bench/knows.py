@@ -18,20 +18,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mitune.config import ModelConfig
-from mitune.contrast import told_apart
+from mitune.config.schema import ModelConfig
+from mitune.denoiser.opening.identity import model_identity
+from mitune.denoiser.opening.models import Model, load_model
+from mitune.denoiser.pictures import decode
+from mitune.denoiser.sampling import Request, candidate_seed, generate_all
 from mitune.errors import MituneError
-from mitune.generate import Request, candidate_seed, generate_all
-from mitune.identity import model_identity
-from mitune.locks import sole_worker
-from mitune.metrics.judgment import Metric
-from mitune.metrics.statistics import POOLED, Interval, kendall_tau, summarize
-from mitune.models import Model, load_model
-from mitune.negatives import Negative
-from mitune.pictures import decode
-from mitune.shapes.check import Share, knows
-from mitune.shapes.prompts import Listed
-from mitune.store import DAMAGED, claim, write_json
+from mitune.evaluation.metrics.judgment import Metric
+from mitune.evaluation.statistics import POOLED, Interval, kendall_tau, summarize
+from mitune.information.contrast import told_apart
+from mitune.prompts.negatives import Negative
+from mitune.run.locks import sole_worker
+from mitune.run.store import DAMAGED, claim, write_json
+from mitune.worlds.shapes.check import Share, knows
+from mitune.worlds.shapes.prompts import Listed
 
 Progress = Callable[[int, int], None]
 HEADER = """# Can selection pay?

@@ -15,10 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from matplotlib.figure import Figure
 
-from mitune.bench.estimators import ESTIMATORS, get_estimator
 from mitune.bench.mi_tasks import TASKS, Task, get_task
 from mitune.errors import MituneError
-from mitune.store import write_table
+from mitune.estimators.table import ESTIMATORS, get_estimator
+from mitune.run.store import write_table
 
 HEADER = """# Mutual information on the benchmark "Beyond Normal"
 
@@ -31,7 +31,7 @@ Settings were chosen on other tasks and other seeds: Student's t of other dimens
 another correlation, other widths of noise, other normals.
 
 - **RFMI**, **MINDE-C**: denoisers on a flow path and a VP path, each a Gaussian skeleton plus a network that starts at
-  zero (`src/mitune/bench/fields.py`). **RFMI-plain**, **MINDE-C-plain**: as in the papers, without a skeleton; RFMI
+  zero (`src/mitune/estimators/fields.py`). **RFMI-plain**, **MINDE-C-plain**: as in the papers, without a skeleton; RFMI
   with its dot product and truncated importance sampling.
 - **Gaussian-copula**: the closed form on normal scores of the ranks. **CCA**: the same on the samples as they are.
   **KSG**: nearest neighbors. **MINE**, **InfoNCE**, **NWJ**, **SMILE**: variational bounds, one setting for all tasks.

@@ -1,7 +1,7 @@
 """What does racing lose? Schedules replayed on full pools, of which every score is known after every step.
 
 A prompt's candidates run to the end, and their scores so far are noted at each step: from these records, any schedule
-by any score is replayed as `mitune.racing` would have run it, since those that stay come out the same.
+by any score is replayed as `mitune.pool.race` would have run it, since those that stay come out the same.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
-from mitune.config import GRADUAL, ModelConfig, Rungs
-from mitune.contrast import COMBINATIONS, FIRST_STAGES, gather, rivals_of
-from mitune.generate import Request, candidate_seed, generate
-from mitune.identity import model_identity, settings_that_matter
-from mitune.information import SCORES
-from mitune.locks import sole_worker
-from mitune.metrics.statistics import Interval, bootstrap, bootstrap_ratio, numbers
-from mitune.models import Model, load_model
-from mitune.pictures import decode
-from mitune.probe import MIProbe
-from mitune.racing import GROUP, Race
-from mitune.selection import select
-from mitune.shapes.judge import judge
-from mitune.shapes.prompts import Listed
-from mitune.store import Records, claim
+from mitune.config.schema import GRADUAL, ModelConfig, Rungs
+from mitune.denoiser.opening.identity import model_identity, settings_that_matter
+from mitune.denoiser.opening.models import Model, load_model
+from mitune.denoiser.pictures import decode
+from mitune.denoiser.probe import MIProbe
+from mitune.denoiser.sampling import Request, candidate_seed, generate
+from mitune.evaluation.statistics import Interval, bootstrap, bootstrap_ratio, numbers
+from mitune.information.contrast import COMBINATIONS, FIRST_STAGES, gather, rivals_of
+from mitune.information.core import SCORES
+from mitune.pool.race import GROUP, Race
+from mitune.pool.selection import select
+from mitune.run.locks import sole_worker
+from mitune.run.store import Records, claim
+from mitune.worlds.shapes.judge import judge
+from mitune.worlds.shapes.prompts import Listed
 
 SHOWN = ("contrast", "self-confidence", "log-likelihood-ratio", "mi-tune", "rfmi", "early")
 SCHEDULES: Mapping[str, Rungs] = MappingProxyType(

@@ -18,8 +18,13 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from mitune.config import ModelConfig
-from mitune.contrast import (
+from mitune.config.schema import ModelConfig
+from mitune.denoiser.opening.identity import model_identity, settings_that_matter
+from mitune.denoiser.opening.models import Model, load_model
+from mitune.denoiser.pictures import decode
+from mitune.denoiser.sampling import Request, candidate_seed, generate_all
+from mitune.errors import MituneError
+from mitune.information.contrast import (
     ASKED,
     COMBINATIONS,
     CONTRASTS,
@@ -31,17 +36,12 @@ from mitune.contrast import (
     mean_rank,
     rivals_of,
 )
-from mitune.errors import MituneError
-from mitune.generate import Request, candidate_seed, generate_all
-from mitune.identity import model_identity, settings_that_matter
-from mitune.information import SCORES, Trace
-from mitune.locks import sole_worker
-from mitune.models import Model, load_model
-from mitune.pictures import decode
-from mitune.shapes.grammar import Prompt, parse
-from mitune.shapes.judge import Verdict, judge
-from mitune.shapes.prompts import Listed
-from mitune.store import Records, claim, write_table
+from mitune.information.core import SCORES, Trace
+from mitune.run.locks import sole_worker
+from mitune.run.store import Records, claim, write_table
+from mitune.worlds.shapes.grammar import Prompt, parse
+from mitune.worlds.shapes.judge import Verdict, judge
+from mitune.worlds.shapes.prompts import Listed
 
 Progress = Callable[[int, int], None]
 _KINDS = (ASKED, *RIVALS)

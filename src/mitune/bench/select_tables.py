@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from mitune.bench.select import FAILURES
-from mitune.metrics.statistics import (
+from mitune.evaluation.statistics import (
     POOLED,
     Interval,
     best_share,
@@ -29,7 +29,7 @@ from mitune.metrics.statistics import (
     kendall_tau,
     numbers,
 )
-from mitune.shapes.check import Share
+from mitune.worlds.shapes.check import Share
 
 RESAMPLES = 2000
 # One of each kind, for a summary.

@@ -33,10 +33,13 @@ from pathlib import Path
 import torch
 from torch import Generator, Tensor
 
-from mitune.denoiser import denoiser_of, execution_device, network_output
+from mitune.denoiser.network import denoiser_of, execution_device, network_output
+from mitune.denoiser.opening.models import Model, model_folder
+from mitune.denoiser.path import path_of
+from mitune.denoiser.pictures import encode_images
+from mitune.denoiser.sampling import condition
 from mitune.errors import MituneError
-from mitune.generate import condition
-from mitune.information import (
+from mitune.information.core import (
     Estimator,
     LogisticProposal,
     Predict,
@@ -46,14 +49,11 @@ from mitune.information import (
     point_wise_draws,
     true_noise,
 )
-from mitune.models import Model, model_folder
-from mitune.negatives import shapes_negatives
-from mitune.path import path_of
-from mitune.pictures import encode_images
+from mitune.prompts.negatives import shapes_negatives
 from mitune.scoring import NOISINGS_A_STRATUM, default_proposal
-from mitune.shapes.grammar import CATEGORIES, Prompt, forms, parse, sample_prompt
-from mitune.shapes.scene import Scene, log_likelihood, picture, sample_scene
-from mitune.shapes.truth import Truth
+from mitune.worlds.shapes.grammar import CATEGORIES, Prompt, forms, parse, sample_prompt
+from mitune.worlds.shapes.scene import Scene, log_likelihood, picture, sample_scene
+from mitune.worlds.shapes.truth import Truth
 
 ASKED, CAPTION, UNRELATED = "asked", "another caption", "unrelated"  # and the kinds of hard negatives
 MIXTURE = "mixture"

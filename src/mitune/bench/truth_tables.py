@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from scipy.stats import ConstantInputWarning, kendalltau, spearmanr
 
 from mitune.bench.truth import ASKED, CAPTION, MIXTURE, SPLIT, UNRELATED, Gap, Pair, Study
-from mitune.information import Estimate
-from mitune.shapes.check import Share
-from mitune.shapes.truth import Truth
+from mitune.information.core import Estimate
+from mitune.worlds.shapes.check import Share
+from mitune.worlds.shapes.truth import Truth
 
 ESTIMATORS = ("standard", "orthogonal", MIXTURE, "self-confidence")
 IN_NATS = ESTIMATORS[:3]
@@ -29,7 +29,7 @@ HEADER = """\
 # The number and the truth
 
 How near the embedded models' estimates come to the true mutual information of image and prompt, which the grammar of
-the shapes world gives exactly (`mitune.shapes.truth`). Made by `{command}`.
+the shapes world gives exactly (`mitune.worlds.shapes.truth`). Made by `{command}`.
 """
 TEXT = """\
 ## {model}

@@ -20,11 +20,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from mitune.config import Config
+from mitune.config.schema import Config
+from mitune.denoiser.opening.models import load_model
 from mitune.errors import MituneError
-from mitune.evaluation import Variant, evaluate
-from mitune.metrics.judgment import metric_for
-from mitune.metrics.statistics import (
+from mitune.evaluation.evaluate import Variant, evaluate
+from mitune.evaluation.metrics.judgment import metric_for
+from mitune.evaluation.statistics import (
     POOLED,
     Interval,
     bootstrap,
@@ -34,11 +35,10 @@ from mitune.metrics.statistics import (
     numbers,
     summarize,
 )
-from mitune.models import load_model
-from mitune.prompts import load_prompts
+from mitune.pool.selection import ORACLE
+from mitune.prompts.lists import load_prompts
 from mitune.report.files import pool_of
-from mitune.selection import ORACLE
-from mitune.store import write_table
+from mitune.run.store import write_table
 from mitune.tuning import Stages, Step, silent, tune
 
 BASE = "base"

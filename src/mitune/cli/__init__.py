@@ -12,7 +12,7 @@ from typer import Option
 
 from mitune.cli import bench, method, shapes
 from mitune.cli.boundary import Commands
-from mitune.versions import check_versions
+from mitune.run.versions import check_versions
 
 app = typer.Typer(
     cls=Commands,

@@ -11,7 +11,7 @@ from typer import Option
 
 from mitune.cli.boundary import Commands
 from mitune.cli.options import Assignments, Device, Guidance, PromptField, RunFolder, Selection, say, settings_of, stage
-from mitune.config import ModelConfig
+from mitune.config.schema import ModelConfig
 from mitune.errors import MituneError
 
 app = typer.Typer(
@@ -52,7 +52,7 @@ def bench_mi(
     """
     from mitune.bench.mi import HEADER, figure, markdown, run_benchmark
     from mitune.bench.mi_tasks import TASKS
-    from mitune.store import write_bytes
+    from mitune.run.store import write_bytes
 
     if not all(size.strip().isdecimal() and int(size[:10]) >= 10 for size in n.split(",")):
         raise MituneError(f"--n {n!r} needs whole numbers, at least 10, with commas between them, e.g. 1000,5000.")
@@ -111,11 +111,11 @@ def bench_knows(
     import pyarrow.parquet as pq
 
     from mitune.bench.knows import HEADER, knowledge, markdown, prediction
-    from mitune.metrics.judgment import shapes_metric
-    from mitune.models import load_model
-    from mitune.negatives import hard_negatives, load_negatives
-    from mitune.prompts import load_prompts
-    from mitune.store import write_bytes
+    from mitune.denoiser.opening.models import load_model
+    from mitune.evaluation.metrics.judgment import shapes_metric
+    from mitune.prompts.lists import load_prompts
+    from mitune.prompts.negatives import hard_negatives, load_negatives
+    from mitune.run.store import write_bytes
 
     models = _models(model, guidance_scale, device, assignments)
     for loaded in map(load_model, models[:: len(guidance_scale or [1])]):  # each once: they may read texts unlike
@@ -184,8 +184,8 @@ def bench_select(
         tables_of,
         tau_figure,
     )
-    from mitune.prompts import load_prompts
-    from mitune.store import write_bytes
+    from mitune.prompts.lists import load_prompts
+    from mitune.run.store import write_bytes
 
     config = SelectConfig(candidates=candidates, draws=draws, seed=seed)
     models = _models(model, guidance_scale, device, assignments)
@@ -220,7 +220,7 @@ def bench_tune(
     import pyarrow.parquet as pq
 
     from mitune.bench.tune import HEADER, PICKS, markdown, picks, run_study
-    from mitune.store import write_bytes
+    from mitune.run.store import write_bytes
 
     names = model or ["shapes-sd"]
     configs = [settings_of("shapes-study", None, assignments, {"model.name": m, "pool.select": select}) for m in names]
@@ -257,8 +257,8 @@ def bench_race(
     """
     from mitune.bench.race import SCHEDULES, SHOWN, RaceConfig, budgets, markdown, outcome_of, page, run_study
     from mitune.bench.select import some_of_each
-    from mitune.prompts import load_prompts
-    from mitune.store import write_bytes
+    from mitune.prompts.lists import load_prompts
+    from mitune.run.store import write_bytes
 
     names, listed = model or ["shapes-sd"], some_of_each(load_prompts(prompts), per_category)
     outcomes, studies = [], {}
@@ -295,8 +295,8 @@ def bench_truth(
     """
     from mitune.bench.truth import study
     from mitune.bench.truth_tables import HEADER, calibration_figure, tables_of
-    from mitune.models import load_model
-    from mitune.store import write_bytes
+    from mitune.denoiser.opening.models import load_model
+    from mitune.run.store import write_bytes
 
     names = model or ["shapes-sd"]
     words = [*(f"-m {name}" for name in names), *(f"--set {setting}" for setting in assignments or ())]

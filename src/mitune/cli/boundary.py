@@ -13,7 +13,7 @@ from typer.core import TyperGroup
 
 from mitune.cli.options import console
 from mitune.errors import MituneError, first_line, raised_in
-from mitune.stopping import Stopped, signals_raised
+from mitune.run.stopping import Stopped, signals_raised
 
 # Commands that go on where they were stopped, when they are given again.
 GOES_ON = {

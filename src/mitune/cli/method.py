@@ -31,7 +31,7 @@ from mitune.cli.options import (
     settings_of,
     stage,
 )
-from mitune.config import GRADUAL, Config
+from mitune.config.schema import GRADUAL, Config
 from mitune.errors import MituneError
 
 app = typer.Typer()
@@ -140,11 +140,11 @@ def pool(
 
     Example:  mitune pool --model shapes-sd --prompts shapes:train/color -M 16 --run runs/color
     """
-    from mitune.identity import model_identity
-    from mitune.metrics.judgment import metric_for
-    from mitune.models import load_model
-    from mitune.pool import build_pool
-    from mitune.prompts import load_prompts
+    from mitune.denoiser.opening.identity import model_identity
+    from mitune.denoiser.opening.models import load_model
+    from mitune.evaluation.metrics.judgment import metric_for
+    from mitune.pool.build import build_pool
+    from mitune.prompts.lists import load_prompts
 
     options = {
         "model.name": model, "model.guidance_scale": guidance_scale, "model.device": device, "prompts": prompts,
@@ -209,9 +209,9 @@ def train(
 
     Example:  mitune train runs/color/sets/contrast --set finetune.adapter=dora -o runs/color/adapter
     """
-    from mitune.adapter import check_new, export_fused
-    from mitune.finetuning import finetune
-    from mitune.training_set import model_of
+    from mitune.finetuning.adapter import check_new, export_fused
+    from mitune.finetuning.dataset import model_of
+    from mitune.finetuning.run import finetune
 
     made_by = model_of(dataset)
     options = {"model.name": model, "model.device": device}
@@ -257,13 +257,13 @@ def generate(
 
     mitune generate "a lighthouse at dawn" --preset mi-tune-sd21 --adapter runs/sd21/round-1/adapters/mi-tune
     """
-    from mitune.denoiser import execution_device
-    from mitune.generate import Request, candidate_seed, default_batch_size, generate_all
-    from mitune.information import SCORES
-    from mitune.models import load_model
-    from mitune.pictures import decode
-    from mitune.prompts import check_prompts
-    from mitune.store import write_image
+    from mitune.denoiser.network import execution_device
+    from mitune.denoiser.opening.models import load_model
+    from mitune.denoiser.pictures import decode
+    from mitune.denoiser.sampling import Request, candidate_seed, default_batch_size, generate_all
+    from mitune.information.core import SCORES
+    from mitune.prompts.lists import check_prompts
+    from mitune.run.store import write_image
 
     options = {"model.name": model, "model.guidance_scale": guidance_scale, "model.device": device}
     config = settings_of(preset, config_file, assignments, options)
@@ -307,9 +307,9 @@ def score(
 
     Example:  mitune score images/001-001.png "a red circle and a blue square" --model shapes-sd --heat-map map.png
     """
-    from mitune.image_files import read_picture
-    from mitune.models import load_model, nothing_but_nan
-    from mitune.prompts import check_prompts
+    from mitune.denoiser.opening.models import load_model, nothing_but_nan
+    from mitune.files.images import read_picture
+    from mitune.prompts.lists import check_prompts
     from mitune.scoring import save_heat_map
     from mitune.scoring import score as score_images
 

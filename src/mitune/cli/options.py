@@ -21,8 +21,8 @@ from rich.progress import (
 from rich.text import Text
 from typer import Option
 
-from mitune.config import Config
-from mitune.settings import PRESETS, resolve
+from mitune.config.resolve import PRESETS, resolve
+from mitune.config.schema import Config
 
 console = Console(stderr=True)
 

@@ -23,7 +23,7 @@ def shapes_prompts(
 
     Example:  mitune shapes prompts heldout/color
     """
-    from mitune.prompts import load_prompts
+    from mitune.prompts.lists import load_prompts
 
     for listed in load_prompts(f"shapes:{name}"):
         typer.echo(listed.text)
@@ -46,10 +46,10 @@ def shapes_check(
 
     Example:  mitune shapes check --model shapes-sd --scenes 100
     """
-    from mitune.models import load_model
-    from mitune.shapes.check import check_category, markdown
-    from mitune.shapes.grammar import CATEGORIES
-    from mitune.store import write_bytes
+    from mitune.denoiser.opening.models import load_model
+    from mitune.run.store import write_bytes
+    from mitune.worlds.shapes.check import check_category, markdown
+    from mitune.worlds.shapes.grammar import CATEGORIES
 
     unknown = set(category or ()) - set(CATEGORIES)
     if unknown:
@@ -82,8 +82,8 @@ def shapes_figure(
 
     Example:  mitune shapes figure docs/shapes-sd.png --model shapes-sd
     """
-    from mitune.models import load_model
-    from mitune.shapes.figure import save_grid
+    from mitune.denoiser.opening.models import load_model
+    from mitune.worlds.shapes.figure import save_grid
 
     loaded = load_model(settings_of(None, None, assignments, {"model.name": model, "model.device": device}).model)
     save_grid(loaded, output, images=images, seed=seed)
@@ -98,12 +98,12 @@ def shapes_train(
 ) -> None:
     """Train the embedded models from nothing: the VAE, then shapes-sd and shapes-sd3. Takes hours on 2 cores.
 
-    Example:  mitune shapes train work --output src/mitune/shapes/models
+    Example:  mitune shapes train work --output src/mitune/worlds/shapes/models
     """
     import logging
 
-    from mitune.config import EMBEDDED
-    from mitune.shapes.train import train_all
+    from mitune.config.schema import EMBEDDED
+    from mitune.worlds.shapes.training.train import train_all
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     unknown = set(model or ()) - set(EMBEDDED)

@@ -16,9 +16,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from mitune.contrast import COMBINATIONS, CONTRASTS, POST_HOC
-from mitune.information import SCORES
-from mitune.metrics.statistics import (
+from mitune.evaluation.statistics import (
     METRICS,
     POOLED,
     TITLES,
@@ -32,11 +30,13 @@ from mitune.metrics.statistics import (
     selection,
     summarize,
 )
+from mitune.information.contrast import COMBINATIONS, CONTRASTS, POST_HOC
+from mitune.information.core import SCORES
+from mitune.pool.selection import ORACLE, Rule, parse_rule
 from mitune.report import plots
 from mitune.report.files import pool_of, read_config, read_json, read_table, rounds, setting
 from mitune.report.pictures import before_after, extremes
-from mitune.selection import ORACLE, Rule, parse_rule
-from mitune.store import write_bytes
+from mitune.run.store import write_bytes
 
 BASELINE = "base"
 CONTROLS = ("random", "oracle")

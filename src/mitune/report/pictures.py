@@ -16,7 +16,7 @@ import pyarrow as pa
 from PIL import Image
 
 from mitune.errors import MituneError
-from mitune.image_files import read_picture
+from mitune.files.images import read_picture
 
 CARDS = 24  # prompts with pictures, in turn from each category
 COLUMNS = 6  # pictures of a prompt and variant

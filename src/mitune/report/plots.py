@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from mitune.metrics.statistics import Interval
+from mitune.evaluation.statistics import Interval
 
 Array = NDArray[np.float64]
 

@@ -1,0 +1,147 @@
+"""The network that a pipeline denoises with, and the one table of what families of them do unlike the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mitune.denoiser.conditioning import SHARED, groups
+from mitune.errors import ModelError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """What a family of denoisers does unlike SD and SD3: one call a step for [unconditional; conditional] halves."""
+
+    separate_calls: bool = False  # two calls a step instead, the conditional one first
+    conditional_first: bool = False  # the halves are the other way round
+    listed: bool = False  # z and output are lists of (C, 1, H, W), one a row
+    timestep_name: str = "timestep"
+    timestep_factor: float = 1.0  # the denoiser is told factor · t + offset, t the scheduler's timestep
+    timestep_offset: float = 0.0
+    timestep_setting: str | None = None  # of the denoiser's configuration, a further factor
+    negated: bool = False  # the pipeline turns the output's sign before the scheduler takes it
+    added_guidance: float = 0.0  # guidance is null + (scale + added) · (conditional − null)
+    shared: tuple[str, ...] = ()  # arguments without a batch dimension
+
+
+_POSITIONS = ("img_ids", "txt_ids")
+_FAMILIES: Mapping[str, Family] = MappingProxyType(
+    {
+        "AuraFlowTransformer2DModel": Family(timestep_factor=1e-3),
+        "ChromaTransformer2DModel": Family(separate_calls=True, timestep_factor=1e-3, shared=_POSITIONS),
+        "CogView4Transformer2DModel": Family(separate_calls=True),
+        "FluxTransformer2DModel": Family(separate_calls=True, timestep_factor=1e-3, shared=_POSITIONS),
+        "HiDreamImageTransformer2DModel": Family(timestep_name="timesteps", negated=True),
+        "HunyuanDiT2DModel": Family(shared=("image_rotary_emb",)),
+        "Kandinsky3UNet": Family(added_guidance=1.0),
+        "Lumina2Transformer2DModel": Family(
+            separate_calls=True, timestep_factor=-1e-3, timestep_offset=1.0, negated=True
+        ),
+        "PRXTransformer2DModel": Family(timestep_factor=1e-3),
+        "QwenImageTransformer2DModel": Family(separate_calls=True, timestep_factor=1e-3),
+        "SanaTransformer2DModel": Family(timestep_setting="timestep_scale"),
+        "WanTransformer3DModel": Family(separate_calls=True),
+        "ZImageTransformer2DModel": Family(
+            conditional_first=True, listed=True, timestep_name="t", timestep_factor=-1e-3, timestep_offset=1.0,
+            negated=True, added_guidance=1.0,
+        ),
+    }
+)  # fmt: skip
+
+
+def denoiser_of(pipe: Any) -> nn.Module:
+    """The network that a diffusers pipeline denoises with: `pipe.unet` or `pipe.transformer`.
+
+    Raises ModelError if there is neither, or a second one that takes over part of the way.
+    """
+    if isinstance(getattr(pipe, "transformer_2", None), nn.Module):
+        raise ModelError(
+            f"{type(pipe).__name__} denoises with two transformers in turn, and mitune scores pipelines with one; "
+            "take a model of this kind that has one, such as Wan 2.1."
+        )
+    for name in ("unet", "transformer"):
+        module = getattr(pipe, name, None)
+        if isinstance(module, nn.Module):
+            return module
+    raise ModelError(
+        f"{type(pipe).__name__} has neither a unet nor a transformer; mitune scores diffusers pipelines that denoise "
+        "with one of them."
+    )
+
+
+def execution_device(pipe: Any) -> torch.device:
+    """Where the pipeline computes. Its `device` is another one if it is offloaded: that of the parts which wait."""
+    device: torch.device = pipe._execution_device
+    return device
+
+
+def compile_denoiser(denoiser: nn.Module, device: torch.device) -> None:
+    """Has torch.compile make fused kernels of the forward pass, at its first call with inputs of a shape; in place.
+
+    Hooks stay what they are, as they lie around `forward`. Raises ModelError if nothing can be compiled for `device`.
+    """
+    try:
+        torch.compile(torch.sin)(torch.ones(1, device=device))
+    except RuntimeError as error:
+        needed = "Triton" if device.type == "cuda" else "a C++ compiler such as g++"
+        raise ModelError(
+            f"model.compile finds nothing to compile with for {device}; install {needed}, or leave it out."
+        ) from error
+    denoiser.forward = torch.compile(denoiser.forward)
+
+
+@contextmanager
+def rows_counted(denoiser: nn.Module) -> Iterator[list[int]]:
+    """Hands out a list that gets the number of rows of each call of the denoiser."""
+    rows: list[int] = []
+    handle = denoiser.register_forward_hook(lambda _, __, output: rows.append(len(output[0])))
+    try:
+        yield rows
+    finally:
+        handle.remove()
+
+
+def family_of(denoiser: Any) -> Family:
+    """The row of the table for this denoiser; that of SD and SD3 if it has none of its own."""
+    family = _FAMILIES.get(type(denoiser).__name__, Family())
+    if family.timestep_setting is None:
+        return family
+    return replace(family, timestep_factor=family.timestep_factor * float(denoiser.config[family.timestep_setting]))
+
+
+def as_tensor(value: Tensor | list[Tensor]) -> Tensor:
+    """z or an output, (B, C, H, W), also of a family that has lists of (C, 1, H, W)."""
+    return value if isinstance(value, Tensor) else torch.stack(value).squeeze(2)
+
+
+def network_output(denoiser: Any, noisy: Tensor, conditioning: Mapping[str, Tensor], timesteps: Tensor) -> Tensor:
+    """What the denoiser predicts at z = `noisy` (B, ...) and t (B,): of noisy's shape, float32, as the scheduler
+    takes it. conditioning: (B, ...) each, by the names of `mitune.denoiser.conditioning`."""
+    family, dtype = family_of(denoiser), denoiser.dtype
+    # What all rows share are positions; they stay in the precision that the pipeline chose for them.
+    cast = {
+        name: value.to(dtype) if value.is_floating_point() and not name.endswith(SHARED) else value
+        for name, value in conditioning.items()
+    }
+    told = family.timestep_factor * timesteps + family.timestep_offset
+
+    def call(rows: Tensor | slice, arguments: dict[str, Any]) -> Tensor:
+        z = noisy[rows].to(dtype)
+        given = list(z.unsqueeze(2)) if family.listed else z
+        output = denoiser(given, **{family.timestep_name: told[rows]}, **arguments, return_dict=False)[0]
+        return as_tensor(output)[:, : noisy.shape[1]].float()  # further channels are a learned variance
+
+    parts = list(groups(cast))
+    if len(parts) == 1:
+        predicted = call(slice(None), parts[0][1])
+    else:
+        order = torch.cat([rows for rows, _ in parts]).argsort()
+        predicted = torch.cat([call(rows, arguments) for rows, arguments in parts])[order]
+    return -predicted if family.negated else predicted

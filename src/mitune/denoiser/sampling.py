@@ -1,0 +1,173 @@
+"""Images from a pipeline in batches of constant shape, each with a seed of its own, watched by the probe.
+
+The shape in which the denoiser is called never changes (a batch is filled up with repeats), and each text is encoded
+alone. So on a CPU the latents of an image are, bit for bit, a function of its prompt and its seed: not of its
+neighbors, of the order, or of a race in which others are dropped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mitune.denoiser.batches import constant_batches, texts_encoded_once
+from mitune.denoiser.conditioning import stack
+from mitune.denoiser.opening.calls import calling
+from mitune.denoiser.opening.models import Model, prompted
+from mitune.denoiser.probe import MIProbe
+from mitune.denoiser.quiet import quiet_pipelines
+from mitune.information.core import SCORES, Trace
+from mitune.pool.race import Race
+from mitune.prompts.lists import refuse_cut
+
+log = logging.getLogger(__name__)
+LARGEST_BATCH = 64  # to begin with on a GPU; more than that makes none faster
+CPU_BATCH = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One image to be made."""
+
+    prompt: str
+    seed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """What one call of the pipeline gave for its B requests."""
+
+    latents: Tensor  # (B, C, H, W), in the denoiser's space, on the CPU
+    trace: Trace
+    conditioning: dict[str, Tensor]  # (B, ...) each: what the denoiser was told of the prompts
+    null_conditioning: dict[str, Tensor]
+    dropped: list[int]  # (B) the step after which a race dropped it, its latents and terms being NaN; 0 where it stayed
+    batch_size: int  # of the denoiser's calls
+
+
+def candidate_seed(seed: int, prompt: str, candidate: int) -> int:
+    """The seed of candidate j of a prompt, the same wherever and whenever it is made."""
+    digest = hashlib.sha256(f"{seed}\n{prompt}\n{candidate}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def generate(
+    model: Model,
+    requests: Sequence[Request],
+    batch_size: int,
+    on_step: Callable[[MIProbe], None] | None = None,
+) -> Batch:
+    """Runs the pipeline once, with the probe, and its denoiser in batches of `batch_size`.
+
+    on_step is called with the probe after each step, and may have it keep some candidates only.
+    """
+    with (
+        texts_encoded_once(model.pipe),
+        constant_batches(model.pipe, batch_size),
+        calling(model.pipe, model.call),
+        MIProbe(model.pipe, guidance_scale=model.guidance_scale, on_step=on_step) as probe,
+        quiet_pipelines(),
+    ):
+        latents = model.pipe(
+            generator=[torch.Generator().manual_seed(request.seed) for request in requests],
+            output_type="latent",
+            **prompted(model.pipe, [request.prompt for request in requests], model.call),
+        )[0]
+    stayed, dropped = probe.candidates, probe.dropped
+    texts = {requests[place].prompt: row for row, place in enumerate(stayed)}
+    rows = torch.tensor([texts[request.prompt] for request in requests])
+    finished = latents.float().cpu()
+    finished[list(dropped)] = torch.nan
+    return Batch(
+        latents=finished,
+        trace=probe.trace(latents).spread(stayed, len(requests)),
+        conditioning={name: tensor.cpu()[rows] for name, tensor in probe.conditioning.items()},
+        null_conditioning={name: tensor.cpu()[rows] for name, tensor in probe.null_conditioning.items()},
+        dropped=[dropped.get(place, 0) for place in range(len(requests))],
+        batch_size=batch_size,
+    )
+
+
+def default_batch_size(device: torch.device) -> int:
+    """The batch size to begin with where the settings name none; out of memory halves it."""
+    return LARGEST_BATCH if device.type == "cuda" else CPU_BATCH
+
+
+def generate_all(
+    model: Model, requests: Sequence[Request], batch_size: int, race: Race | None = None, scores: Sequence[str] = ()
+) -> Iterator[tuple[Sequence[Request], Batch]]:
+    """Runs of requests with what came of them, in order. Out of memory halves the batch from there on.
+
+    With a race, the requests are all candidates of one prompt, then all of another, and so on. Raises MituneError at
+    once for prompts that a call of the model would cut, and at the first denoising step if one of these on-line
+    `scores` has no value at the steps of such a run.
+    """
+    refuse_cut(model.pipe, list(dict.fromkeys(request.prompt for request in requests)), model.call)
+
+    def on_step(probe: MIProbe) -> None:
+        if probe.steps == 1:
+            for name in scores:
+                SCORES[name].check(probe.planned())
+        if race is not None:
+            race.drop(probe)
+
+    start = 0
+    while start < len(requests):
+        together = race.candidates * race.prompts_together(model.steps, batch_size) if race else batch_size
+        chunk = requests[start : start + together]
+        try:
+            batch = generate(model, chunk, batch_size, on_step)
+        except torch.OutOfMemoryError:
+            if batch_size == 1:
+                raise
+            batch_size //= 2
+            log.warning("Out of memory; going on with batches of %d.", batch_size)
+            continue
+        yield chunk, batch
+        start += len(chunk)
+
+
+class _Checked(Exception):
+    """Leaves a call of the pipeline."""
+
+
+def first_step(pipe: Any, arguments: Mapping[str, Any]) -> MIProbe:
+    """The probe of a call of the pipeline with `arguments`, two steps or more, which is left as soon as it is checked:
+    for what the denoiser is told, mostly after one step.
+
+    Raises ModelError for arguments that the pipeline does not take, or a use of its denoiser that is not known.
+    """
+    with calling(pipe, arguments), quiet_pipelines(), suppress(_Checked), MIProbe(pipe) as probe:
+
+        def leave(*_: object) -> None:
+            if probe.checked:
+                raise _Checked
+
+        handle = probe.denoiser.register_forward_pre_hook(leave)
+        try:
+            pipe(**arguments)
+        finally:
+            handle.remove()
+            pipe.maybe_free_model_hooks()  # as at the end of a call that is not left
+    probe.check_alone()
+    return probe
+
+
+@torch.no_grad()
+def condition(model: Model, prompts: Sequence[str], batch_size: int = 64) -> dict[str, Tensor]:
+    """What the pipeline tells its denoiser of each prompt, (N, ...) each."""
+    rows: list[dict[str, Tensor]] = []
+    # Of one step, PixArt makes another path.
+    call = model.call | {"num_inference_steps": 2, "output_type": "latent", "generator": torch.Generator()}
+    for start in range(0, len(prompts), batch_size):
+        chunk = list(prompts[start : start + batch_size])
+        told = first_step(model.pipe, prompted(model.pipe, chunk, call)).conditioning
+        rows += [{name: tensor[row] for name, tensor in told.items()} for row in range(len(chunk))]
+    return stack(rows)

@@ -1,0 +1,115 @@
+"""Reads a fine-tuning set: what the denoiser needs of its images, without VAE and text encoders."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mitune.config.schema import EMBEDDED
+from mitune.errors import MituneError
+from mitune.run.seals import SEAL, faults, read_seal
+from mitune.run.store import DAMAGED
+
+log = logging.getLogger(__name__)
+
+_NULL = "null."  # before the names of the unconditional embeddings, which training does not need
+_REMEDY = "the `mitune pool` or `mitune tune` command that made it makes it again"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TrainingSet:
+    """N images as the denoiser needs them, on the CPU."""
+
+    prompts: list[str]
+    selection: str  # how the images were chosen, for the model card
+    latents: Tensor  # (N, C, H, W), in the denoiser's space, float32
+    conditioning: dict[str, Tensor]  # (N, ...) each: the denoiser's arguments; nested ones have dots in their names
+    weights: Tensor  # (N,) of the images in the loss, with mean one
+    checksum: str
+    made_by: Mapping[str, Any] | None  # the model, as `seals` describes it; None if nobody knows
+
+    @classmethod
+    def read(cls, folder: Path) -> TrainingSet:
+        """Reads metadata.jsonl, latents.safetensors and conditioning.safetensors, and holds them against the seal.
+
+        Raises MituneError if one is missing, damaged, or does not fit the others, or if a tensor is not finite.
+        """
+        made_by = _sealed_model(folder)
+        files = [folder / name for name in ("metadata.jsonl", "latents.safetensors", "conditioning.safetensors")]
+        for file in files:
+            if not file.is_file():
+                raise MituneError(f"{file} is missing; name a set that `mitune pool` has written.")
+        try:
+            lines = files[0].read_bytes().split(b"\n")  # no other end of a line: a prompt may have one in it
+            rows = [json.loads(line) for line in lines if line.strip()]
+            prompts = [str(row["prompt"]) for row in rows]
+            weights = torch.tensor([float(row.get("weight", 1.0)) for row in rows])
+            latents = load_file(files[1])["latents"].float()
+            conditioning = {k: v for k, v in load_file(files[2]).items() if not k.startswith(_NULL)}
+            checksum = hashlib.sha256()
+            for file in files:
+                with file.open("rb") as opened:
+                    checksum.update(hashlib.file_digest(opened, "sha256").digest())
+        except (SafetensorError, *DAMAGED) as error:
+            raise MituneError(f"{folder} holds a damaged fine-tuning set ({error!r}); {_REMEDY}.") from error
+        tensors = {"latents": latents, **conditioning}
+        for name, tensor in tensors.items():
+            count = len(tensor) if tensor.ndim else 0
+            if not 0 < count == len(rows):
+                raise MituneError(f"{folder} has {len(rows)} rows of metadata but {count} of {name}; {_REMEDY}.")
+        for name, tensor in tensors.items():
+            bad = torch.nonzero(~torch.isfinite(tensor).reshape(len(rows), -1).all(dim=1)).flatten().tolist()
+            if bad:
+                raise MituneError(f"{folder}: the {name} of row {bad[0] + 1} are not finite; leave that image out.")
+        if not (torch.isfinite(weights).all() and (weights >= 0).all() and weights.sum() > 0):
+            raise MituneError(f"{files[0]}: every weight must be finite and not negative, and one above 0.")
+        selection = ", ".join(sorted({str(row.get("selection", "not recorded")) for row in rows}))
+        weights = weights / weights.mean()
+        return cls(prompts, selection, latents, conditioning, weights, checksum.hexdigest(), made_by)
+
+    def check_model(self, name: str, denoiser: Mapping[str, str]) -> None:
+        """Raises MituneError if another model made the images than the one with this denoiser: {part: SHA-256}."""
+        parts = self.made_by["parts"] if self.made_by else {}
+        # Without the list of parts it was a pipeline in memory, whose weights have other checksums than files.
+        if "pipeline" not in parts:
+            log.warning("The set has no %s with its model's files, so nobody knows whether %s made it.", SEAL, name)
+        elif any(parts.get(part) != digest for part, digest in denoiser.items()):
+            made_by = str((self.made_by or {}).get("name", "another model"))
+            other = f"another {made_by}, whose weights differ," if Path(name).name == Path(made_by).name else made_by
+            raise MituneError(f"The set was made by {other} and cannot train {name}; name its own model with --model.")
+
+
+def model_of(folder: Path) -> str | None:
+    """The name of the model that made a set, if it can be opened by that; of a folder, the place is not recorded.
+
+    Raises MituneError if the set is damaged.
+    """
+    made_by = _sealed_model(folder)
+    name = str(made_by.get("name")) if made_by else ""
+    return name if name in EMBEDDED or "/" in name else None
+
+
+def _sealed_model(folder: Path) -> Mapping[str, Any] | None:
+    """What made a set, by its seal. Raises MituneError if a file that the seal names is missing or damaged."""
+    if not (folder / SEAL).exists():
+        return None
+    bad = faults(folder)
+    if bad:
+        more = f" and {len(bad) - 1} more files" if bad[1:] else ""
+        raise MituneError(
+            f"{folder / bad[0]}{more} of this fine-tuning set are missing or damaged; {_REMEDY}, or, if you changed it "
+            f"yourself, delete its {SEAL}."
+        )
+    seal = read_seal(folder) or {}
+    made_by = seal.get("model")
+    return made_by if isinstance(made_by, Mapping) and isinstance(made_by.get("parts"), Mapping) else None

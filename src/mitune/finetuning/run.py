@@ -1,0 +1,141 @@
+"""Fine-tunes an adapter on images that the model made itself.
+
+A set's cached latents and conditioning are all that it takes; VAE and text encoders stay on the disk.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, is_initialized
+
+from mitune.config.schema import FinetuneConfig, ModelConfig
+from mitune.denoiser.opening.adapter_file import PEFT_CONFIG, PEFT_WEIGHTS, WEIGHTS_FILE, adapter_checksum
+from mitune.denoiser.opening.components import Components
+from mitune.denoiser.opening.identity import model_identity, model_parts, settings_that_matter
+from mitune.denoiser.opening.models import device_of, parts_of
+from mitune.errors import MituneError
+from mitune.finetuning.adapter import check_rank, save_adapter, write_card
+from mitune.finetuning.dataset import TrainingSet
+from mitune.finetuning.trainer import Progress, Trainer, rows_of
+from mitune.run.locks import sole_worker
+from mitune.run.sealed import unpack
+from mitune.run.store import claim, read_again
+
+_NOTES = "mitune"  # of an adapter file: what its training took
+
+
+@dataclass(frozen=True, slots=True)
+class FinetuneResult:
+    """Where the adapter lies, and what training it took."""
+
+    adapter: Path
+    iterations: int
+    skipped: int  # of these, the ones without effect, because loss or gradient was not finite
+    seconds: float
+
+
+def finetune(
+    model: ModelConfig,
+    dataset: Path,
+    output: Path,
+    config: FinetuneConfig,
+    *,
+    start_from: Path | None = None,
+    progress: Progress | None = None,
+) -> FinetuneResult:
+    """Trains an adapter on the fine-tuning set in `dataset` and writes it to `output`, for `pipe.load_lora_weights`.
+
+    start_from: the adapter of an earlier round, whose training goes on. progress: called after each iteration with
+    the iterations done, those in all, and the loss. The same call goes on from the last checkpoint, or returns at once
+    when all is done. `output` also gets a model card and training.jsonl, one row an iteration.
+    Raises MituneError for a damaged set, an `output` of other settings, or too little memory for a single image.
+    """
+    device = _device(model, config)
+    components, images = Components.of(model), TrainingSet.read(dataset)
+    if not Path(parts_of(model)).is_dir() and not (output / "settings.json").exists():
+        components.denoiser()  # onto this machine, so that its contents are known
+    parts = model_parts(model)
+    images.check_model(model.name, {components.denoiser_name: parts[components.denoiser_name]})
+    with sole_worker(output):
+        claim(output, _identity(components, parts, images, config, start_from), "fine-tuning")
+        history = output / "training.jsonl"
+        notes = _finished(output)
+        if notes is None:
+            with _accelerator(config, device) as accelerator:
+                trainer = Trainer(components, images, config, accelerator, device, start_from)
+                with trainer.fast_layers():
+                    trainer.run(output / "checkpoint" / "state.safetensors", history, progress)
+                trainer.use_average()
+                trainer.check_weights()
+                notes = {"iterations": trainer.state.iterations, "skipped": trainer.state.skipped}
+                save_adapter(output, components.pipeline_class, trainer.modules, {_NOTES: json.dumps(notes)})
+        write_card(output, model, config, prompts=images.prompts, selection=images.selection, skipped=notes["skipped"])
+    seconds = sum(row["seconds"] for row in rows_of(history))
+    return FinetuneResult(output, notes["iterations"], notes["skipped"], seconds)
+
+
+def check_trainable(model: ModelConfig, config: FinetuneConfig, pipe: Any) -> None:
+    """Raises MituneError if `finetune` would refuse this model, opened as `pipe`, or the settings."""
+    _device(model, config)
+    components = Components.of(model)
+    text_encoders = components.text_encoder_names if config.text_encoder else []
+    for name in (components.denoiser_name, *text_encoders):
+        check_rank(getattr(pipe, name), config.rank)
+
+
+def _device(model: ModelConfig, config: FinetuneConfig) -> torch.device:
+    device = device_of(model)
+    if config.precision == "fp16" and device.type == "cpu":
+        raise MituneError("finetune.precision = fp16 needs a GPU; set it to bf16 or no.")
+    return device
+
+
+def _identity(
+    components: Components,
+    parts: Mapping[str, str],
+    images: TrainingSet,
+    config: FinetuneConfig,
+    start_from: Path | None,
+) -> dict[str, object]:
+    """All that the adapter is a function of, but for rounding."""
+    read = {components.denoiser_name, "scheduler"}
+    model = model_identity(components.config)
+    del model["adapter"]
+    if config.text_encoder:
+        read |= {name for name in parts if name.startswith(("text_encoder", "tokenizer"))}
+    else:
+        del model["call"]  # what the text encoders are told
+    return {
+        "model": model | {"parts": {name: parts[name] for name in sorted(read & parts.keys())}},
+        "set": images.checksum,
+        "start_from": adapter_checksum(start_from),
+        "finetune": settings_that_matter(config),
+    }
+
+
+def _finished(output: Path) -> dict[str, Any] | None:
+    """What the adapter's header says of its training; None if it is not done. Damaged files are set aside."""
+    for name, parse in ((PEFT_CONFIG, json.loads), (PEFT_WEIGHTS, partial(unpack, ours=True))):
+        if (output / name).exists() and read_again(output / name, parse) is None:
+            return None
+    return read_again(output / WEIGHTS_FILE, lambda content: json.loads(unpack(content, ours=True)[1][_NOTES]))
+
+
+@contextmanager
+def _accelerator(config: FinetuneConfig, device: torch.device) -> Iterator[Accelerator]:
+    """accelerate keeps its settings once a process; they are handed back, so that the next call may have others."""
+    found = is_initialized()
+    try:
+        yield Accelerator(mixed_precision=config.precision, cpu=device.type == "cpu")
+    finally:
+        if not found:
+            AcceleratorState._reset_state(reset_partial_state=True)

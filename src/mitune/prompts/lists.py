@@ -1,0 +1,108 @@
+"""Reads prompt lists, and refuses bad ones at the start, with every bad line."""
+
+from __future__ import annotations
+
+import logging
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mitune.denoiser.opening.models import Model
+from mitune.denoiser.reading import cut_texts
+from mitune.errors import MituneError
+from mitune.files.texts import Faults
+from mitune.prompts.files import Row, read_rows
+from mitune.worlds.shapes.grammar import CATEGORIES
+from mitune.worlds.shapes.prompts import Listed, shapes_prompts
+
+log = logging.getLogger(__name__)
+
+
+def load_prompts(source: str, model: Model | None = None, field: str | None = None) -> list[Listed]:
+    """Prompts of a file, or of an embedded list.
+
+    A file has one prompt a line (a tab ends it, as in T2I-CompBench), JSON lines, a JSON list, or a table with a header
+    (CSV, TSV); `field` names the JSON field or the column, else it is guessed, and said. A category column or field
+    gives the category, else the file's name. Embedded are `shapes:train` and `shapes:heldout`, whole or by category
+    (`shapes:train/color`). With `model`, prompts that a call of it would cut are refused. Repeats are dropped, with a
+    word.
+
+    Raises MituneError that names the file and each bad line.
+    """
+    if source.startswith("shapes:"):
+        listed = _embedded(source)
+        if model is not None:
+            refuse_cut(model.pipe, [each.text for each in listed], model.call, source)
+        return listed
+    file = Path(source)
+    if not file.is_file():
+        raise MituneError(
+            f"There is no prompt file {source}; give a text file with one prompt a line, or shapes:train."
+        )
+    rows, faults = read_rows(file, field)
+    kept = _checked(rows, faults, model)
+    split = "unseen" if file.stem.endswith("_unseen") else "seen" if file.stem.endswith("_seen") else ""
+    category = file.stem
+    for ending in ("_unseen", "_seen", "_val", "_train"):
+        category = category.removesuffix(ending)
+    return [Listed(row.text, row.category or category, split) for row in kept]
+
+
+def check_prompts(texts: Iterable[str], model: Model | None = None, source: str = "prompt") -> list[str]:
+    """Prompts that stand in no file, by the same rules: without repeats, and refused with their numbers."""
+    rows = [Row(number, text) for number, text in enumerate(texts, start=1)]
+    return [row.text for row in _checked(rows, Faults(source, " "), model)]
+
+
+def refuse_cut(pipe: Any, texts: Sequence[str], call: Mapping[str, Any], source: str = "prompt") -> None:
+    """Raises MituneError for texts that the pipeline's call would cut, with their numbers."""
+    faults = Faults(source, " ")
+    cut = cut_texts(pipe, texts, call)
+    for number, text in enumerate(texts, start=1):
+        if text in cut:
+            faults.add(number, str(cut[text]))
+    faults.refuse()
+
+
+def _embedded(source: str) -> list[Listed]:
+    try:
+        return shapes_prompts(source.removeprefix("shapes:"))
+    except KeyError as error:
+        raise MituneError(
+            f"There is no prompt list {source!r}; use shapes:train or shapes:heldout, with a category if you like "
+            f"(shapes:train/color; categories: {', '.join(CATEGORIES)})."
+        ) from error
+
+
+def _checked(rows: Sequence[Row], faults: Faults, model: Model | None) -> list[Row]:
+    """The rows without repeats. Raises MituneError with all faults, those that are known already included."""
+    first: dict[str, Row] = {}
+    repeats = [row for row in rows if first.setdefault(row.text, row) is not row and row.text]
+    for row in rows:
+        if (what := _fault(row.text)) is not None:
+            faults.add(row.number, what)
+    if model is not None:
+        good = [row for row in first.values() if row.number not in faults.found]
+        for text, reading in cut_texts(model.pipe, [row.text for row in good], model.call).items():
+            faults.add(first[text].number, str(reading))
+    faults.refuse()
+    if not first:
+        raise MituneError(f"{faults.source} holds no prompt; write one a line.")
+    if repeats:
+        where = [f"{faults.source}{faults.separator}{row.number}" for row in (repeats[0], first[repeats[0].text])]
+        log.warning("%s repeats %s; %d such repeats are left out.", *where, len(repeats))
+    return list(first.values())
+
+
+def _fault(text: str) -> str | None:
+    """What makes a text no prompt. Control characters are refused but for those that stand for a blank."""
+    if not text:
+        return "the line is blank; delete it"
+    for character in text:
+        kind = unicodedata.category(character)
+        if kind == "Cs":
+            return f"half of a surrogate pair ({ord(character):#06x}) is no character; write the whole one"
+        if kind == "Cc" and not character.isspace():
+            return f"the control character U+{ord(character):04X} stands in the prompt; delete it"
+    return None
