@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import traceback
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 
 class MituneError(ValueError):
@@ -21,6 +22,12 @@ class ModelError(MituneError):
 def first_line(error: BaseException) -> str:
     """The first line of an exception's text, or its type's name where it has none."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The known names nearest to an unknown one, in brackets after it; empty where none is near."""
+    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    return f" (did you mean {' or '.join(near)}?)" if near else ""
 
 
 def raised_in(error: BaseException, packages: Collection[str]) -> str | None:
