@@ -6,11 +6,12 @@ import timeit
 
 import torch
 
-from mitune.config.schema import EMBEDDED, ModelConfig
+from mitune.config.schema import ModelConfig
 from mitune.denoiser.conditioning import unflatten
 from mitune.denoiser.network import denoiser_of
 from mitune.denoiser.opening.models import load_model
 from mitune.denoiser.sampling import condition
+from mitune.worlds.shapes.world import MODELS
 
 BATCH, REPEATS = 64, 20
 
@@ -18,7 +19,7 @@ BATCH, REPEATS = 64, 20
 @torch.no_grad()
 def main() -> None:
     torch.set_num_threads(2)
-    for name in EMBEDDED:
+    for name in MODELS:
         model = load_model(ModelConfig(name=name, device="cpu"))
         denoiser = denoiser_of(model.pipe)
         arguments = unflatten(condition(model, ["a red circle and a blue square"] * BATCH))

@@ -19,12 +19,13 @@ import torch
 from PIL.Image import Image
 from timing import now, print_table
 
-from mitune.config.schema import EMBEDDED, ModelConfig, PoolConfig
+from mitune.config.schema import ModelConfig, PoolConfig
 from mitune.denoiser.opening.models import Model, load_model
 from mitune.denoiser.probe import MIProbe, denoiser_of
 from mitune.pool.build import build_pool
 from mitune.run.store import Records
 from mitune.worlds.shapes.prompts import prompt_list
+from mitune.worlds.shapes.world import MODELS
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -36,14 +37,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = PoolConfig(candidates=arguments.candidates, batch_size=arguments.candidates)
     prompts = [listed.text for listed in prompt_list("color")[: arguments.prompts]]
     shares: dict[str, list[str]] = {}
-    for name in EMBEDDED:
+    for name in MODELS:
         model = load_model(ModelConfig(name=name))
         for _ in range(2):  # the first time builds caches
             spent = parts_of_a_pool(model, prompts, config)
         whole = spent.pop("whole")
         for part, seconds in (spent | {"the rest": whole - sum(spent.values())}).items():
             shares.setdefault(part, []).append(f"{seconds / whole:.1%}")
-    print_table(["part", *EMBEDDED], [[part, *values] for part, values in shares.items()])
+    print_table(["part", *MODELS], [[part, *values] for part, values in shares.items()])
 
 
 def parts_of_a_pool(model: Model, prompts: Sequence[str], config: PoolConfig) -> dict[str, float]:

@@ -15,11 +15,12 @@ import torch
 from timing import cost_ratio, print_table
 from torch import Tensor
 
-from mitune.config.schema import EMBEDDED, ModelConfig
+from mitune.config.schema import ModelConfig
 from mitune.denoiser.opening.models import Model, load_model
 from mitune.denoiser.probe import MIProbe
 from mitune.denoiser.sampling import quiet_pipelines
 from mitune.information.core import Trace
+from mitune.worlds.shapes.world import MODELS
 
 PROMPT = "a red circle and a blue square"
 
@@ -32,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     rows = []
-    for name in EMBEDDED:
+    for name in MODELS:
         model = load_model(ModelConfig(name=name, steps=arguments.steps))
         with quiet_pipelines():
             ratio = cost_ratio(

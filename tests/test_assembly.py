@@ -11,9 +11,9 @@ from mitune.config.schema import PoolConfig
 from mitune.denoiser.opening.models import Model
 from mitune.denoiser.sampling import generate
 from mitune.errors import MituneError
-from mitune.evaluation.metrics.judgment import shapes_metric
 from mitune.pool.build import build_pool
 from mitune.run.seals import SEAL, faults, read_seal
+from mitune.worlds.shapes.metric import ShapesMetric
 from tests.test_pool import PROMPTS, files_of
 from tests.tiny import tiny_sd
 
@@ -145,7 +145,7 @@ def test_a_prompt_without_any_image_costs_itself_alone(model, tmp_path, monkeypa
 
 def test_judges_do_not_see_what_came_out_as_nan(model, tmp_path, monkeypatch):
     spoil(monkeypatch, PROMPTS[1])
-    table = build_pool(model, PROMPTS, tmp_path / "pool", CONFIG, metric=shapes_metric).table
+    table = build_pool(model, PROMPTS, tmp_path / "pool", CONFIG, metric=ShapesMetric()).table
     rows = pq.read_table(table).to_pylist()
     assert [row["exact"] is None for row in rows] == [row["prompt"] == PROMPTS[1] for row in rows]
 

@@ -25,14 +25,14 @@ from mitune.bench.select import (
 from mitune.bench.select_tables import SHOWN, gap_figure, only, prediction_of, summarize_study, tables_of, tau_figure
 from mitune.config.schema import ModelConfig
 from mitune.errors import MituneError
-from mitune.evaluation.metrics.judgment import shapes_metric
 from mitune.evaluation.statistics import bootstrap_ratio
 from mitune.information.contrast import POST_HOC
-from mitune.prompts.negatives import shapes_negatives, wider_negatives
 from mitune.run.store import write_json
 from mitune.worlds.shapes.check import Share
 from mitune.worlds.shapes.grammar import CATEGORIES, parse
 from mitune.worlds.shapes.judge import judge
+from mitune.worlds.shapes.metric import ShapesMetric
+from mitune.worlds.shapes.negatives import shapes_negatives, wider_negatives
 from mitune.worlds.shapes.prompts import prompt_list, shapes_prompts
 from mitune.worlds.shapes.scene import parts, render, sample_scene
 
@@ -192,7 +192,7 @@ def test_knowledge_with_and_without_a_judge(tmp_path):
             models, prompts, folder, negatives=shapes_negatives, metric=metric, scenes=scenes, images=images
         )[0]
 
-    judged, unjudged = ask(shapes_metric, 3), ask(None, 0)
+    judged, unjudged = ask(ShapesMetric(), 3), ask(None, 0)
     assert judged.rendered.trials == 3 and judged.shows.trials == 4
     assert judged.right.trials + judged.wrong.trials == judged.wins.trials == 4
     assert judged.wins == unjudged.wins
@@ -200,12 +200,12 @@ def test_knowledge_with_and_without_a_judge(tmp_path):
     assert markdown([unjudged]).splitlines()[-1].count("–") == 4
     file = tmp_path / "3" / "knowledge.json"
     write_json(file, [asdict(replace(judged, rendered=Share(hits=7, trials=9)))])
-    assert ask(shapes_metric, 3).rendered == Share(hits=7, trials=9)  # read, not made again
+    assert ask(ShapesMetric(), 3).rendered == Share(hits=7, trials=9)  # read, not made again
     with pytest.raises(MituneError, match="images"):
-        ask(shapes_metric, 3, images=1)
+        ask(ShapesMetric(), 3, images=1)
     file.write_text("[{")
     with pytest.raises(MituneError, match="knowledge.json is damaged"):
-        ask(shapes_metric, 3)
+        ask(ShapesMetric(), 3)
 
 
 def test_no_candidates_no_study():

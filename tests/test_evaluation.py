@@ -7,18 +7,20 @@ import pytest
 
 from mitune.config.schema import Config, EvalConfig, ModelConfig
 from mitune.evaluation.evaluate import Variant, evaluate
-from mitune.evaluation.metrics.judgment import Judgment
-from mitune.worlds.shapes.prompts import Listed
+from mitune.evaluation.metrics.base import Judgment
+from mitune.worlds.base import Listed
 from tests.families import CASES
 
 SCALES = {"base": None, "the same": 2.0, "more": 6.0}
 
 
-def judged(images, prompts):
-    return [
-        Judgment(exact=True, graded=1.0, malformed=False, missed=(), drawn=prompt)
-        for _, prompt in zip(images, prompts, strict=True)
-    ]
+class Content:
+    """Likes whatever it sees."""
+
+    name, higher_is_better, bounds = "content", True, (0.0, 1.0)
+
+    def __call__(self, images, prompts):
+        return [Judgment(graded=1.0, exact=True, drawn=prompt) for _, prompt in zip(images, prompts, strict=True)]
 
 
 @pytest.mark.parametrize("family", ["Flux (true CFG)", "SD 1.x, 2.x base (epsilon)"])
@@ -30,7 +32,7 @@ def test_guidance_scales(family, tmp_path):
     config = Config(model=model, eval=EvalConfig(images=2, batch_size=2))
     prompts = [Listed(text="a red ball", category="balls", split="test")]
     variants = [Variant(name=name, guidance_scale=scale) for name, scale in SCALES.items()]
-    rows = pq.read_table(evaluate(config, prompts, variants, tmp_path / "eval", judged)).to_pylist()
+    rows = pq.read_table(evaluate(config, prompts, variants, tmp_path / "eval", Content())).to_pylist()
     found = {name: [row["information"] for row in rows if row["variant"] == name] for name in SCALES}
     assert found["the same"] == found["base"]
     assert all(one != other for one, other in zip(found["more"], found["base"], strict=True))

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 
 from mitune.errors import MituneError
-from mitune.prompts.negatives import Negative, hard_negatives, load_negatives, shapes_negatives
+from mitune.prompts.negatives import hard_negatives, load_negatives
 from mitune.prompts.rewording import IRREGULAR, NUMBERS, OBJECTS, plural, singular
+from mitune.worlds.base import Negative
 from mitune.worlds.shapes.grammar import CATEGORIES, parse
+from mitune.worlds.shapes.negatives import shapes_negatives
 from mitune.worlds.shapes.prompts import prompt_list
 from mitune.worlds.shapes.scene import parts, sample_scene
 

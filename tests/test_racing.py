@@ -280,16 +280,19 @@ class TestPool:
             assert [row for row in own if row["kept.contrast"]] == [best]
 
     def test_only_those_that_stay_are_judged(self, model, tmp_path):
-        from mitune.evaluation.metrics.judgment import Judgment
+        from mitune.evaluation.metrics.base import Judgment
 
         seen = []
 
-        def metric(images, prompts):
-            seen.append(len(images))
-            return [Judgment(exact=True, graded=1.0, malformed=False, drawn=(), missed=()) for _ in prompts]
+        class Counting:
+            name, higher_is_better, bounds = "counting", True, None
+
+            def __call__(self, images, prompts):
+                seen.append(len(images))
+                return [Judgment(graded=1.0, exact=True) for _ in prompts]
 
         config = replace(CONFIG, select=("mi-tune",))
-        rows = pq.read_table(build_pool(model, PROMPTS, tmp_path / "pool", config, metric=metric).table).to_pylist()
+        rows = pq.read_table(build_pool(model, PROMPTS, tmp_path / "pool", config, metric=Counting()).table).to_pylist()
         assert seen == [2, 2, 2]
         assert [row["exact"] for row in rows] == [True if row["status"] == "ok" else None for row in rows]
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from diffusers import DiffusionPipeline
 
-from mitune.config.schema import EMBEDDED, ModelConfig
+from mitune.config.schema import ModelConfig
 from mitune.denoiser.opening.models import load_model, model_folder
 from mitune.denoiser.pictures import decode, encode_images
 from mitune.worlds.shapes.check import check_category
@@ -18,6 +18,7 @@ from mitune.worlds.shapes.grammar import CATEGORIES, Phrase, Prompt, PromptError
 from mitune.worlds.shapes.judge import judge, read
 from mitune.worlds.shapes.prompts import HELD_OUT, TRAIN, combinations, prompt_list, shapes_prompts
 from mitune.worlds.shapes.scene import COLORS, Object, log_likelihood, parts, picture, render, sample_scene
+from mitune.worlds.shapes.world import MODELS
 from tests.renderer import draw
 
 
@@ -180,7 +181,7 @@ def test_half_an_object_and_a_smear_stay_malformed(seed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", EMBEDDED)
+@pytest.mark.parametrize("name", MODELS)
 def test_judge_after_the_vae(name):
     """At least 98 % of 1,000 scenes are still read rightly after encoding and decoding."""
     model = load_model(ModelConfig(name=name, device="cpu"))
@@ -191,7 +192,7 @@ def test_judge_after_the_vae(name):
     assert sum(v.exact and not v.malformed for v in verdicts) >= 980
 
 
-@pytest.mark.parametrize("name", EMBEDDED)
+@pytest.mark.parametrize("name", MODELS)
 def test_embedded_models_are_ordinary_and_small(name):
     folder = Path(model_folder(name))
     assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) <= 20e6
@@ -205,7 +206,7 @@ def test_embedded_models_are_ordinary_and_small(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", EMBEDDED)
+@pytest.mark.parametrize("name", MODELS)
 def test_embedded_models_bind_colors(name):
     """Some of the held-out color prompts come out right: far above the 1/2 · P(both objects) of unbound attributes."""
     model = load_model(ModelConfig(name=name, device="cpu"))

@@ -7,12 +7,12 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 from safetensors.torch import load_file
 
-from mitune.config.schema import EMBEDDED
 from mitune.denoiser.opening.models import model_folder
 from mitune.worlds.shapes.grammar import forms
 from mitune.worlds.shapes.training.autoencoder import encode_world, training_prompts
 from mitune.worlds.shapes.training.phases import DenoiserConfig
 from mitune.worlds.shapes.training.train import export, miscaptioned, stable_targets, train_denoiser
+from mitune.worlds.shapes.world import MODELS
 
 
 def test_every_prompt_has_wrong_captions_that_are_not_its_own():
@@ -60,7 +60,7 @@ def world(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(EMBEDDED))
+@pytest.mark.parametrize("name", sorted(MODELS))
 def test_a_stopped_training_ends_like_a_whole_one(world, tmp_path, name):
     def config(steps):
         return DenoiserConfig(steps=steps, batch_size=4, warmup=2, stable=True, cool_down=0.0, emphasis={"color": 2.0})

@@ -20,14 +20,15 @@ from mitune.denoiser.opening.identity import model_identity, settings_that_matte
 from mitune.denoiser.opening.models import Model, load_model
 from mitune.errors import MituneError
 from mitune.evaluation.evaluate import Variant, evaluate
-from mitune.evaluation.metrics.judgment import Metric, metric_for
+from mitune.evaluation.metrics.base import ImageMetric
+from mitune.evaluation.metrics.table import metric_for
 from mitune.finetuning.run import check_trainable, finetune
 from mitune.pool.build import build_pool
 from mitune.prompts.lists import load_prompts
 from mitune.report.build import build_report
 from mitune.run.locks import LOCK, sole_worker
 from mitune.run.store import SETTINGS, claim, read_again, write_json
-from mitune.worlds.shapes.prompts import Listed
+from mitune.worlds.base import Listed
 
 Step = Callable[[int, int], None]
 CONFIG = "config.yaml"  # of a run
@@ -84,7 +85,7 @@ def tune(config: Config, run: Path, *, stages: Stages = silent) -> TuneResult:
     base = load_model(config.model)
     check_trainable(config.model, config.finetune, base.pipe)
     prompts = [listed.text for listed in load_prompts(config.prompts, base, config.prompt_field)]
-    metric = metric_for(config.model.name, prompts)
+    metric = metric_for(config.metric, source=config.prompts, model=config.model.name, prompts=prompts)
     if config.eval_prompts:
         _held_out(config, base)  # refused now rather than hours later
     _require_run(run)
@@ -108,7 +109,7 @@ def _round(
     adapters: Mapping[str, Path],
     prompts: Sequence[str],
     base: Model,
-    metric: Metric | None,
+    metric: ImageMetric | None,
     stages: Stages,
 ) -> dict[str, Path]:
     """Pools, sets and trainings of one round; the adapters that it ends with, by selection."""
@@ -166,7 +167,7 @@ def _pools(config: PoolConfig, adapters: Mapping[str, Path]) -> list[tuple[str, 
 def judge_run(config: Config, run: Path, *, stages: Stages = silent) -> Path:
     """Judges the base, the adapters of the run's last round and `config.eval.guidance_scales`; returns the table.
 
-    Raises MituneError if the model comes with no judge.
+    Raises MituneError if no metric is named, and neither the prompts nor the model come with one.
     """
     base = load_model(config.model)
     prompts, metric = _held_out(config, base)
@@ -181,14 +182,15 @@ def judge_run(config: Config, run: Path, *, stages: Stages = silent) -> Path:
         )
 
 
-def _held_out(config: Config, base: Model) -> tuple[list[Listed], Metric]:
-    """The prompts to judge by, and the judge. Raises MituneError if the model comes with none."""
-    prompts = load_prompts(config.eval_prompts or config.prompts, base, config.prompt_field)
-    metric = metric_for(config.model.name, [listed.text for listed in prompts])
+def _held_out(config: Config, base: Model) -> tuple[list[Listed], ImageMetric]:
+    """The prompts to judge by, and what judges. Raises MituneError if nothing does."""
+    source = config.eval_prompts or config.prompts
+    prompts = load_prompts(source, base, config.prompt_field)
+    metric = metric_for(config.metric, source=source, model=config.model.name, prompts=[p.text for p in prompts])
     if metric is None:
         raise MituneError(
-            f"{config.model.name} comes with no exact judge; leave eval_prompts out, make images with "
-            "`mitune generate --adapter`, and score them with a metric of your choice."
+            f"Neither {config.model.name} nor {source} comes with a judge; name a metric with --metric (`mitune list "
+            "metrics` shows them), or leave eval_prompts out."
         )
     return prompts, metric
 

@@ -24,14 +24,13 @@ from mitune.denoiser.opening.models import Model, load_model
 from mitune.denoiser.pictures import decode
 from mitune.denoiser.sampling import Request, candidate_seed, generate_all
 from mitune.errors import MituneError
-from mitune.evaluation.metrics.judgment import Metric
+from mitune.evaluation.metrics.base import ImageMetric
 from mitune.evaluation.statistics import POOLED, Interval, kendall_tau, summarize
 from mitune.information.contrast import told_apart
-from mitune.prompts.negatives import Negative
 from mitune.run.locks import sole_worker
 from mitune.run.store import DAMAGED, claim, write_json
+from mitune.worlds.base import Listed, Negative
 from mitune.worlds.shapes.check import Share, knows
-from mitune.worlds.shapes.prompts import Listed
 
 Progress = Callable[[int, int], None]
 HEADER = """# Can selection pay?
@@ -87,7 +86,7 @@ def knowledge(
     folder: Path,
     *,
     negatives: Callable[[str], Sequence[Negative]],
-    metric: Metric | None,
+    metric: ImageMetric | None,
     scenes: int,
     images: int,
     seed: int = 0,
@@ -157,7 +156,7 @@ def _samples(
     model: Model,
     prompts: Sequence[str],
     rivals: Mapping[str, Sequence[str]],
-    metric: Metric | None,
+    metric: ImageMetric | None,
     images: int,
     seed: int,
     batch_size: int,

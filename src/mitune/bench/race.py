@@ -30,8 +30,8 @@ from mitune.pool.race import GROUP, Race
 from mitune.pool.selection import select
 from mitune.run.locks import sole_worker
 from mitune.run.store import Records, claim
+from mitune.worlds.base import Listed
 from mitune.worlds.shapes.judge import judge
-from mitune.worlds.shapes.prompts import Listed
 
 SHOWN = ("contrast", "self-confidence", "log-likelihood-ratio", "mi-tune", "rfmi", "early")
 SCHEDULES: Mapping[str, Rungs] = MappingProxyType(

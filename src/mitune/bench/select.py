@@ -39,9 +39,9 @@ from mitune.information.contrast import (
 from mitune.information.core import SCORES, Trace
 from mitune.run.locks import sole_worker
 from mitune.run.store import Records, claim, write_table
+from mitune.worlds.base import Listed
 from mitune.worlds.shapes.grammar import Prompt, parse
 from mitune.worlds.shapes.judge import Verdict, judge
-from mitune.worlds.shapes.prompts import Listed
 
 Progress = Callable[[int, int], None]
 _KINDS = (ASKED, *RIVALS)

@@ -49,9 +49,9 @@ from mitune.information.core import (
     point_wise_draws,
     true_noise,
 )
-from mitune.prompts.negatives import shapes_negatives
 from mitune.scoring import NOISINGS_A_STRATUM, default_proposal
 from mitune.worlds.shapes.grammar import CATEGORIES, Prompt, forms, parse, sample_prompt
+from mitune.worlds.shapes.negatives import shapes_negatives
 from mitune.worlds.shapes.scene import Scene, log_likelihood, picture, sample_scene
 from mitune.worlds.shapes.truth import Truth
 

@@ -24,7 +24,7 @@ from mitune.config.schema import Config
 from mitune.denoiser.opening.models import load_model
 from mitune.errors import MituneError
 from mitune.evaluation.evaluate import Variant, evaluate
-from mitune.evaluation.metrics.judgment import metric_for
+from mitune.evaluation.metrics.table import metric_for
 from mitune.evaluation.statistics import (
     POOLED,
     Interval,
@@ -87,9 +87,12 @@ def run_study(
             raise MituneError("A study of fine-tuning needs eval_prompts to judge by, e.g. shapes:heldout.")
         base, name = load_model(config.model), Path(config.model.name).name
         prompts = load_prompts(config.eval_prompts, base, config.prompt_field)
-        metric = metric_for(config.model.name, [listed.text for listed in prompts])
+        texts = [listed.text for listed in prompts]
+        metric = metric_for(config.metric, source=config.eval_prompts, model=config.model.name, prompts=texts)
         if metric is None:
-            raise MituneError(f"{config.model.name} comes with no exact judge; study an embedded model.")
+            raise MituneError(
+                f"Neither {config.model.name} nor {config.eval_prompts} comes with a judge; study an embedded model."
+            )
         for seed in range(seeds):
             run, seeded = folder / f"{name}-{seed}", _with_seed(config, seed)
             slugs = tune(replace(seeded, eval_prompts=None), run, stages=stages).adapters

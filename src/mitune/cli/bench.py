@@ -112,10 +112,10 @@ def bench_knows(
 
     from mitune.bench.knows import HEADER, knowledge, markdown, prediction
     from mitune.denoiser.opening.models import load_model
-    from mitune.evaluation.metrics.judgment import shapes_metric
     from mitune.prompts.lists import load_prompts
     from mitune.prompts.negatives import hard_negatives, load_negatives
     from mitune.run.store import write_bytes
+    from mitune.worlds.shapes.metric import ShapesMetric
 
     models = _models(model, guidance_scale, device, assignments)
     for loaded in map(load_model, models[:: len(guidance_scale or [1])]):  # each once: they may read texts unlike
@@ -128,7 +128,7 @@ def bench_knows(
             listed,
             run,
             negatives=lambda prompt: hard_negatives(prompt, own),
-            metric=shapes_metric if embedded else None,
+            metric=ShapesMetric() if embedded else None,
             scenes=scenes if embedded else 0,
             images=images,
             seed=seed,

@@ -142,7 +142,7 @@ def pool(
     """
     from mitune.denoiser.opening.identity import model_identity
     from mitune.denoiser.opening.models import load_model
-    from mitune.evaluation.metrics.judgment import metric_for
+    from mitune.evaluation.metrics.table import metric_for
     from mitune.pool.build import build_pool
     from mitune.prompts.lists import load_prompts
 
@@ -154,13 +154,14 @@ def pool(
     config, part = settings_of(preset, config_file, assignments, options), _parse_shard(shard)
     loaded = load_model(config.model, adapter=adapter)
     texts = [listed.text for listed in load_prompts(config.prompts, loaded, config.prompt_field)]
+    metric = metric_for(config.metric, source=config.prompts, model=config.model.name, prompts=texts)
     with stage("Making and scoring candidates") as step:
         result = build_pool(
             loaded,
             texts,
             run / "pool",
             config.pool,
-            metric=metric_for(config.model.name, texts),
+            metric=metric,
             shard=part,
             identity=model_identity(config.model, adapter),
             progress=step,

@@ -102,11 +102,11 @@ def shapes_train(
     """
     import logging
 
-    from mitune.config.schema import EMBEDDED
     from mitune.worlds.shapes.training.train import train_all
+    from mitune.worlds.shapes.world import MODELS
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    unknown = set(model or ()) - set(EMBEDDED)
+    unknown = set(model or ()) - set(MODELS)
     if unknown:
-        raise MituneError(f"Unknown embedded model {min(unknown)!r}; choose from {', '.join(EMBEDDED)}.")
-    train_all(work, output, model or list(EMBEDDED), scenes=scenes)
+        raise MituneError(f"Unknown embedded model {min(unknown)!r}; choose from {', '.join(MODELS)}.")
+    train_all(work, output, model or list(MODELS), scenes=scenes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Annotated, Any, Literal
@@ -26,12 +25,6 @@ GuidanceScale = Annotated[
 ]
 Rungs = tuple[tuple[ProperShare, ProperShare], ...]
 GRADUAL: Rungs = ((0.2, 0.6), (0.35, 0.45), (0.5, 0.3), (0.65, 0.25))  # half the calls of no race; docs/racing.md
-
-# What each embedded model is called with; other models keep their pipeline's own defaults.
-EMBEDDED: Mapping[str, Mapping[str, Any]] = {
-    "shapes-sd": {"guidance_scale": 2.0, "num_inference_steps": 12},
-    "shapes-sd3": {"guidance_scale": 2.0, "num_inference_steps": 12, "max_sequence_length": 1},
-}
 
 
 def _require(condition: bool, sentence: str) -> None:
@@ -168,6 +161,7 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     prompts: str = "shapes:train"  # a text file, one prompt a line, JSON lines, a table, or an embedded list
     eval_prompts: str | None = None  # None: no verdict
+    metric: str | None = None  # judges images, by name or module:attribute; None: what comes with prompts or model
     prompt_field: str | None = None  # JSON field or column of these files that holds the prompts; None: a guess
     rounds: Annotated[int, Range(least=1, most=1000)] = 1  # R
 

@@ -20,15 +20,15 @@ from mitune.denoiser.opening.models import Model, adapter_checksum, guidance_nam
 from mitune.denoiser.pictures import decode
 from mitune.denoiser.sampling import Request, candidate_seed, generate_all
 from mitune.errors import MituneError
-from mitune.evaluation.metrics.judgment import Judgment, Metric
+from mitune.evaluation.metrics.base import ImageMetric, judge, merit
+from mitune.evaluation.metrics.table import metric_claim
 from mitune.information.core import SCORES
 from mitune.run.locks import sole_worker
 from mitune.run.seals import is_whole, write_seal
 from mitune.run.store import claim, write_image, write_table
-from mitune.worlds.shapes.prompts import Listed
+from mitune.worlds.base import Listed
 
 log = logging.getLogger(__name__)
-BROKEN = Judgment(graded=0.0, exact=False, malformed=True, missed=(), drawn="")  # what came out as NaN
 SHOWN_PROMPTS = 1  # of each category and split, whose pictures the report shows
 Progress = Callable[[int, int], None]
 
@@ -51,21 +51,26 @@ def evaluate(
     prompts: Sequence[Listed],
     variants: Iterable[Variant],
     folder: Path,
-    metric: Metric,
+    metric: ImageMetric,
     *,
     stages: Callable[[Variant], AbstractContextManager[Progress]] = lambda _: nullcontext(lambda _done, _total: None),
 ) -> Path:
     """Judges `config.eval.images` images a prompt of every variant; returns the table, one row an image.
 
     A variant that is in the folder already, judged with the same adapter, is not judged again, unless a file of it is
-    missing or damaged. Raises MituneError for a folder of other settings or of another process, and for a model that
-    makes nothing but NaN.
+    missing or damaged. Raises MituneError for a folder of other settings or of another process, for a model that makes
+    nothing but NaN, and for a metric without bounds.
     """
+    if metric.bounds is None:
+        raise MituneError(
+            f"The metric {metric.name} has no bounds, and a verdict is on a scale of its worst to its best; let "
+            "its bounds be the least and the greatest value that it gives."
+        )
     settings = {
         "model": model_identity(config.model),
         "eval": settings_that_matter(config.eval),
         "prompts": [listed.text for listed in prompts],
-    }
+    } | metric_claim(metric)
     with sole_worker(folder):
         claim(folder, settings, "verdict")
         tables = [_variant_table(config, prompts, variant, folder, metric, stages) for variant in variants]
@@ -81,7 +86,7 @@ def _variant_table(
     prompts: Sequence[Listed],
     variant: Variant,
     folder: Path,
-    metric: Metric,
+    metric: ImageMetric,
     stages: Callable[[Variant], AbstractContextManager[Progress]],
 ) -> pa.Table:
     """The rows of a variant: those that are there, whole and of this variant, or else new ones."""
@@ -106,7 +111,7 @@ def _judge_variant(
     variant: Variant,
     prompts: Sequence[Listed],
     folder: Path,
-    metric: Metric,
+    metric: ImageMetric,
     progress: Progress,
 ) -> pa.Table:
     shown: dict[tuple[str, str], list[str]] = {}
@@ -124,10 +129,9 @@ def _judge_variant(
         finite = torch.isfinite(batch.latents).flatten(1).all(dim=1).tolist()
         broken += finite.count(False)
         images = list(decode(model, batch.latents.nan_to_num()))
-        judgments = metric(images, [request.prompt for request in chunk])
-        judgments = [judgment if ok else BROKEN for judgment, ok in zip(judgments, finite, strict=True)]
+        judgments = judge(metric, images, [request.prompt for request in chunk])
         information = SCORES["mi-tune"](batch.trace).tolist()
-        for request, image, judgment, nats in zip(chunk, images, judgments, information, strict=True):
+        for request, image, judgment, ok, nats in zip(chunk, images, judgments, finite, information, strict=True):
             index, listed, j = wanted[len(rows)]
             picture = ""
             if listed.text in shown[listed.category, listed.split]:
@@ -141,11 +145,11 @@ def _judge_variant(
                     "split": listed.split,
                     "image": j,
                     "seed": request.seed,
-                    "exact": judgment.exact,
-                    "graded": judgment.graded,
-                    "malformed": judgment.malformed,
-                    "missed": "; ".join(judgment.missed),
-                    "drawn": judgment.drawn,
+                    "exact": judgment.exact if ok or judgment.exact is None else False,
+                    "graded": merit(metric, judgment) if ok else 0.0,  # from 0, the worst, to 1
+                    "malformed": judgment.malformed or not ok,
+                    "missed": "; ".join(judgment.missed) if ok else "",
+                    "drawn": judgment.drawn if ok else "",
                     "information": nats,  # ½ ∫ ‖Δε‖² dλ along the trajectory: how much the prompt changes
                     "picture": picture,
                 }

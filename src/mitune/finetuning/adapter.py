@@ -22,7 +22,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from mitune.config.schema import EMBEDDED, FinetuneConfig, ModelConfig
+from mitune.config.schema import FinetuneConfig, ModelConfig
 from mitune.denoiser.network import denoiser_of
 from mitune.denoiser.opening.adapter_file import (
     PEFT_CONFIG,
@@ -36,6 +36,7 @@ from mitune.denoiser.opening.models import load_model
 from mitune.errors import MituneError, ModelError
 from mitune.run.sealed import pack
 from mitune.run.store import unfinished_folder, write_bytes, write_json, writing
+from mitune.worlds.base import embedded_model
 
 CARD_FILE = "README.md"
 REMEDY = "Lower finetune.learning_rate, or set model.dtype to bfloat16 or float32, or finetune.precision to bf16 or no."
@@ -227,7 +228,7 @@ def write_card(
     prompts: one for each image of the set; selection: how its images were chosen. The card may be published, so it
     names no folder of this machine.
     """
-    embedded, name = model.name in EMBEDDED, public_name(model.name)
+    embedded, name = embedded_model(model.name) is not None, public_name(model.name)
     base = f"model_folder({name!r})" if embedded else repr(name)
     imports = "from mitune.denoiser.opening.models import model_folder\n" if embedded else ""
     load = f'pipe.load_lora_weights(".", weight_name={WEIGHTS_FILE!r})'

@@ -15,10 +15,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mitune.config.schema import EMBEDDED
 from mitune.errors import MituneError
 from mitune.run.seals import SEAL, faults, read_seal
 from mitune.run.store import DAMAGED
+from mitune.worlds.base import embedded_model
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ def model_of(folder: Path) -> str | None:
     """
     made_by = _sealed_model(folder)
     name = str(made_by.get("name")) if made_by else ""
-    return name if name in EMBEDDED or "/" in name else None
+    return name if "/" in name or embedded_model(name) else None
 
 
 def _sealed_model(folder: Path) -> Mapping[str, Any] | None:

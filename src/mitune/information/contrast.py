@@ -30,7 +30,8 @@ from mitune.denoiser.path import NoisePath, path_of
 from mitune.denoiser.reading import cut_texts
 from mitune.denoiser.sampling import condition
 from mitune.information.core import alpha_sigma, epsilon_and_sample
-from mitune.prompts.negatives import hard_negatives, wider_negatives
+from mitune.prompts.negatives import hard_negatives
+from mitune.worlds.shapes.negatives import wider_negatives
 
 LOG_SNR_RANGE = (-5.0, 2.0)  # where prompts are told apart: below, all is noise; above, the image tells by itself
 DRAWS = 8  # noise levels

@@ -26,7 +26,8 @@ from mitune.denoiser.opening.models import Model, nothing_but_nan
 from mitune.denoiser.pictures import decode
 from mitune.denoiser.sampling import Batch, Request, candidate_seed, default_batch_size, generate_all
 from mitune.errors import MituneError
-from mitune.evaluation.metrics.judgment import Metric
+from mitune.evaluation.metrics.base import ImageMetric, judge, merit
+from mitune.evaluation.metrics.table import metric_claim
 from mitune.information.contrast import COMBINATIONS, FIRST_STAGES, POST_HOC, post_hoc, rivals_of
 from mitune.information.core import SCORES, Trace
 from mitune.pool.assembly import SHOWN_PROMPTS, TABLE, Assembly
@@ -62,7 +63,7 @@ def build_pool(
     folder: Path,
     config: PoolConfig,
     *,
-    metric: Metric | None = None,
+    metric: ImageMetric | None = None,
     shard: tuple[int, int] = (0, 1),
     identity: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
@@ -79,10 +80,13 @@ def build_pool(
     prompts = check_prompts(prompts, model)
     rules = [parse_rule(text, [*SCORES, *POST_HOC]) for text in config.select]
     if metric is None and any(rule.by == ORACLE for rule in rules):
-        raise MituneError("pool.select names 'oracle', but this model comes with no judge; leave it out.")
+        raise MituneError(
+            "pool.select names 'oracle', but neither model nor prompts come with a judge; leave it out, or name a "
+            "metric (--metric)."
+        )
     race = race_of(config.race, rules, FIRST_STAGES, candidates=config.candidates, keep=config.keep)
     made_by = dict(identity or loaded_identity(model))
-    settings = {"model": made_by, "prompts": list(prompts), "pool": settings_that_matter(config)}
+    settings = {"model": made_by, "prompts": list(prompts), "pool": settings_that_matter(config)} | metric_claim(metric)
     with one_of_many(folder, shard):
         began = time.monotonic()
         with waiting(folder):
@@ -171,7 +175,7 @@ class _Pool:
     config: PoolConfig
     batch_size: _BatchSize
     rules: Sequence[Rule]
-    metric: Metric | None
+    metric: ImageMetric | None
     records: Records
 
     def request(self, index: int, candidate: int) -> Request:
@@ -241,13 +245,14 @@ class _Pool:
         if self.metric is not None:
             shown = [j for j, state in enumerate(status) if state == "ok"]
             images = list(decode(self.model, latents[shown])) if shown else []
-            verdicts = self.metric(images, [prompt] * len(shown))
+            verdicts = judge(self.metric, images, [prompt] * len(shown))
             judged = dict(zip(shown, verdicts, strict=True))
             for name, kind in {"exact": pa.bool_(), "graded": pa.float64(), "malformed": pa.bool_()}.items():
                 values = [getattr(judged[j], name) if j in judged else None for j in range(count)]
                 columns[name] = pa.array(values, kind)  # which has its type where nothing is judged
             graded = torch.full((count,), torch.nan)
-            graded[shown] = torch.tensor([v.graded - v.malformed for v in verdicts])  # what cannot be read comes last
+            merits = [merit(self.metric, v) - v.malformed for v in verdicts]  # what cannot be read comes last
+            graded[shown] = torch.tensor(merits)
             scores[ORACLE] = graded.tolist()
         columns |= {f"score.{name}": values for name, values in scores.items()} | candidates.terms
         stored = set(self._extremes(scores) if index < SHOWN_PROMPTS else ())

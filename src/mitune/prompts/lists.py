@@ -13,8 +13,7 @@ from mitune.denoiser.reading import cut_texts
 from mitune.errors import MituneError
 from mitune.files.texts import Faults
 from mitune.prompts.files import Row, read_rows
-from mitune.worlds.shapes.grammar import CATEGORIES
-from mitune.worlds.shapes.prompts import Listed, shapes_prompts
+from mitune.worlds.base import Listed, within
 
 log = logging.getLogger(__name__)
 
@@ -30,15 +29,18 @@ def load_prompts(source: str, model: Model | None = None, field: str | None = No
 
     Raises MituneError that names the file and each bad line.
     """
-    if source.startswith("shapes:"):
-        listed = _embedded(source)
+    named = within(source)
+    if named is not None:
+        world, name = named
+        listed = world.prompts(name)
         if model is not None:
             refuse_cut(model.pipe, [each.text for each in listed], model.call, source)
         return listed
     file = Path(source)
     if not file.is_file():
         raise MituneError(
-            f"There is no prompt file {source}; give a text file with one prompt a line, or shapes:train."
+            f"There is no prompt file {source}; give a text file with one prompt a line, or a list of a world, such as "
+            "shapes:train."
         )
     rows, faults = read_rows(file, field)
     kept = _checked(rows, faults, model)
@@ -63,16 +65,6 @@ def refuse_cut(pipe: Any, texts: Sequence[str], call: Mapping[str, Any], source:
         if text in cut:
             faults.add(number, str(cut[text]))
     faults.refuse()
-
-
-def _embedded(source: str) -> list[Listed]:
-    try:
-        return shapes_prompts(source.removeprefix("shapes:"))
-    except KeyError as error:
-        raise MituneError(
-            f"There is no prompt list {source!r}; use shapes:train or shapes:heldout, with a category if you like "
-            f"(shapes:train/color; categories: {', '.join(CATEGORIES)})."
-        ) from error
 
 
 def _checked(rows: Sequence[Row], faults: Faults, model: Model | None) -> list[Row]:

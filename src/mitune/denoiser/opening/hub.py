@@ -20,8 +20,8 @@ from huggingface_hub.errors import (
 )
 
 from mitune.config.resolve import PRESETS
-from mitune.config.schema import EMBEDDED
 from mitune.errors import ModelError, first_line
+from mitune.worlds.base import embedded_models
 
 INDEX = "model_index.json"
 PATIENCE = 5  # seconds for an answer of the hub
@@ -65,7 +65,7 @@ def _on_the_hub(name: str, revision: str | None) -> Source:
     except HFValidationError:
         raise ModelError(
             f"There is no model {name!r}{_near(name)}; give a folder that exists, a hub id (owner/name), or an "
-            f"embedded model ({', '.join(EMBEDDED)})."
+            f"embedded model ({', '.join(embedded_models())})."
         ) from None
     except Exception as error:  # of several libraries, depending on the hub's version
         cached = try_to_load_from_cache(name, INDEX, revision=revision)
@@ -104,6 +104,6 @@ def _near(name: str) -> str:
     """A name that may have been meant."""
     if name in MOVED:
         return f"; its weights are now at {MOVED[name]}"
-    known = [*EMBEDDED, *(preset["model"]["name"] for preset in PRESETS.values()), *MOVED.values()]
+    known = [*embedded_models(), *(preset["model"]["name"] for preset in PRESETS.values()), *MOVED.values()]
     close = difflib.get_close_matches(name, sorted(set(known) - {name}), n=1, cutoff=0.75)
     return f" (did you mean {close[0]}?)" if close else ""

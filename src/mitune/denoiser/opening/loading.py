@@ -16,10 +16,11 @@ import transformers
 from diffusers import ModelMixin
 from transformers import PreTrainedModel
 
-from mitune.config.schema import EMBEDDED, ModelConfig
+from mitune.config.schema import ModelConfig
 from mitune.denoiser.quiet import quiet_libraries
 from mitune.errors import MituneError, ModelError, first_line
 from mitune.run.versions import check_versions
+from mitune.worlds.base import embedded_models
 
 log = logging.getLogger(__name__)
 SHOWN = 3  # names of weights in a sentence
@@ -47,7 +48,8 @@ def opening(config: ModelConfig) -> Iterator[None]:
     except Exception as error:
         raise ModelError(
             f"Cannot open the model {config.name!r} ({_reason(error)}); give a hub id, a folder made by "
-            f"pipe.save_pretrained, a .safetensors file with model.base, or an embedded model ({', '.join(EMBEDDED)})."
+            "pipe.save_pretrained, a .safetensors file with model.base, or an embedded model "
+            f"({', '.join(embedded_models())})."
         ) from error
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from diffusers import DiffusionPipeline
 from diffusers.loaders.single_file_utils import SingleFileComponentError
 from safetensors import SafetensorError, safe_open
 
-from mitune.config.schema import EMBEDDED, ModelConfig
+from mitune.config.schema import ModelConfig
 from mitune.denoiser.network import compile_denoiser, denoiser_of
 from mitune.denoiser.opening.adapter_file import adapter_checksum as adapter_checksum
 from mitune.denoiser.opening.adapter_file import load_adapter as load_adapter
@@ -25,6 +24,7 @@ from mitune.denoiser.opening.layout import check_files, read_index
 from mitune.denoiser.opening.loading import check_complete, opening
 from mitune.denoiser.opening.schedulers import scheduler_for
 from mitune.errors import ModelError, first_line
+from mitune.worlds.base import embedded_model
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,8 @@ class Model:
 
 def model_folder(name: str) -> str:
     """Where a model's files are: the packaged folder of an embedded name, else the name itself (hub id or folder)."""
-    return str(files("mitune.worlds.shapes") / "models" / name) if name in EMBEDDED else name
+    embedded = embedded_model(name)
+    return name if embedded is None else str(embedded.folder)
 
 
 def parts_of(config: ModelConfig) -> str:
@@ -70,7 +71,8 @@ def guidance_name(pipeline_class: type[Any]) -> str:
 
 def call_arguments(config: ModelConfig, pipeline_class: type[Any] = DiffusionPipeline) -> dict[str, Any]:
     """Arguments of the pipeline's call: the embedded model's defaults, overruled by the settings."""
-    call = dict(EMBEDDED.get(config.name, {}))
+    embedded = embedded_model(config.name)
+    call = {} if embedded is None else dict(embedded.call)
     if config.guidance_scale is not None:
         call[guidance_name(pipeline_class)] = config.guidance_scale
     if config.steps is not None:

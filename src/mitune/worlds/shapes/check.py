@@ -15,10 +15,10 @@ from scipy.stats import binomtest
 from mitune.denoiser.opening.models import Model
 from mitune.denoiser.pictures import decode, encode_images
 from mitune.denoiser.sampling import Request, candidate_seed, generate_all
-from mitune.evaluation.metrics.judgment import shapes_metric
 from mitune.information.contrast import told_apart
-from mitune.prompts.negatives import shapes_negatives
 from mitune.worlds.shapes.grammar import parse
+from mitune.worlds.shapes.metric import ShapesMetric
+from mitune.worlds.shapes.negatives import shapes_negatives
 from mitune.worlds.shapes.prompts import prompt_list
 from mitune.worlds.shapes.scene import picture, sample_scene
 
@@ -68,8 +68,8 @@ def check_category(
     requests = [Request(prompt=p, seed=candidate_seed(seed, p, j)) for p in held_out for j in range(images)]
     right = malformed = wrong = 0
     for chunk, batch in generate_all(model, requests, batch_size):
-        for verdict in shapes_metric(list(decode(model, batch.latents)), [request.prompt for request in chunk]):
-            right += verdict.exact and not verdict.malformed
+        for verdict in ShapesMetric()(list(decode(model, batch.latents)), [request.prompt for request in chunk]):
+            right += verdict.right
             malformed += verdict.malformed
             wrong += not verdict.exact and not verdict.malformed
     return CategoryCheck(

@@ -11,9 +11,10 @@ from matplotlib.figure import Figure
 from mitune.denoiser.opening.models import Model
 from mitune.denoiser.pictures import decode
 from mitune.denoiser.sampling import Request, candidate_seed, generate_all
-from mitune.evaluation.metrics.judgment import Judgment, shapes_metric
+from mitune.evaluation.metrics.base import Judgment
 from mitune.run.store import write_figure
 from mitune.worlds.shapes.grammar import CATEGORIES
+from mitune.worlds.shapes.metric import ShapesMetric
 from mitune.worlds.shapes.prompts import prompt_list
 
 RIGHT, WRONG, MALFORMED = "#2f9e44", "#e03131", "#868e96"
@@ -27,7 +28,7 @@ def save_grid(model: Model, file: Path, *, images: int, seed: int) -> None:
     for chunk, batch in generate_all(model, requests, min(64, len(requests))):
         made = list(decode(model, batch.latents))
         pictures += made
-        judged += shapes_metric(made, [request.prompt for request in chunk])
+        judged += ShapesMetric()(made, [request.prompt for request in chunk])
     figure = Figure(figsize=(images + 2.6, len(prompts) * 1.06 + 0.4), layout="constrained")
     axes = figure.subplots(len(prompts), images + 1, width_ratios=[2.6, *[1] * images], squeeze=False)
     for row, (category, prompt) in enumerate(zip(CATEGORIES, prompts, strict=True)):
@@ -41,10 +42,10 @@ def save_grid(model: Model, file: Path, *, images: int, seed: int) -> None:
             axis.set(xticks=[], yticks=[])
             for spine in axis.spines.values():
                 spine.set(color=_color(judged[at]), linewidth=3)
-    right = sum(j.exact and not j.malformed for j in judged)
+    right = sum(judgment.right for judgment in judged)
     figure.suptitle(f"{model.name}: {right} of {len(judged)} right (green); wrong: red; malformed: grey", fontsize=10)
     write_figure(file, figure, dpi=110)
 
 
 def _color(judgment: Judgment) -> str:
-    return MALFORMED if judgment.malformed else RIGHT if judgment.exact else WRONG
+    return RIGHT if judgment.right else MALFORMED if judgment.malformed else WRONG

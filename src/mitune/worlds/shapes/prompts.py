@@ -9,22 +9,13 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cache
 
+from mitune.worlds.base import Listed
 from mitune.worlds.shapes.grammar import CATEGORIES, Prompt, forms
 
 TRAIN, HELD_OUT = 48, 20  # prompts a category; the second number is for seen and unseen each
 UNSEEN_SHARE = 0.2  # of a category's combinations
-
-
-@dataclass(frozen=True, slots=True)
-class Listed:
-    """A prompt of a list, with its category and split ("train", "seen" or "unseen")."""
-
-    text: str
-    category: str
-    split: str
 
 
 def combinations(prompt: Prompt, category: str) -> Iterator[tuple[str, ...]]:

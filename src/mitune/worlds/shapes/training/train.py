@@ -25,9 +25,9 @@ from torch.nn import functional as F
 from transformers import CLIPTokenizer
 
 from mitune.finetuning.checkpoint import TrainingState
-from mitune.prompts.negatives import shapes_negatives, wider_negatives
 from mitune.worlds.shapes.grammar import CATEGORIES, Form, Prompt, forms
 from mitune.worlds.shapes.judge import judge
+from mitune.worlds.shapes.negatives import shapes_negatives, wider_negatives
 from mitune.worlds.shapes.training.architecture import JOINT_WIDTH, MAX_TOKENS, new_pipeline
 from mitune.worlds.shapes.training.autoencoder import (
     AutoencoderConfig,
