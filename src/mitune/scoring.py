@@ -19,10 +19,11 @@ from matplotlib.figure import Figure
 from PIL.Image import Image
 from torch import Generator, Tensor
 
-from mitune.denoiser.network import denoiser_of, family_of, network_output
+from mitune.denoiser.epsilon import NetworkDenoiser
+from mitune.denoiser.network import family_of
 from mitune.denoiser.opening.calls import size_grid
 from mitune.denoiser.opening.models import guidance_name, prompted
-from mitune.denoiser.path import NoisePath, path_of
+from mitune.denoiser.path import NoisePath
 from mitune.denoiser.pictures import encode_images
 from mitune.denoiser.sampling import first_step
 from mitune.errors import MituneError
@@ -34,8 +35,6 @@ from mitune.information.core import (
     Estimator,
     LogisticProposal,
     Proposal,
-    alpha_sigma,
-    epsilon_and_sample,
     point_wise_draws,
 )
 from mitune.prompts.lists import refuse_cut
@@ -89,7 +88,8 @@ def score(
     if estimator not in UNITS:
         raise MituneError(f"There is no estimator {estimator!r}; the known ones are {', '.join(UNITS)}.")
     refuse_cut(pipe, prompts, call or {})
-    path = path_of(pipe.scheduler)
+    denoiser = NetworkDenoiser.of(pipe)
+    path = denoiser.path
     latents = images if isinstance(images, Tensor) else encode_images(pipe, on_grid(images, grid_of(pipe)), call)
     packs = hasattr(pipe, "_pack_latents")
     if hasattr(pipe, "image_processor") and latents.ndim != (3 if packs else 4):
@@ -99,10 +99,9 @@ def score(
     chunks = []
     for start in range(0, len(prompts), batch_size):
         some = slice(start, start + batch_size)
-        denoiser = _PipelineDenoiser(pipe, path, latents[some], prompts[some], call or {}, packed=packed)
         given = latents[some].to(denoiser.device)
         chunk = point_wise_draws(
-            denoiser,
+            _Pair(pipe, denoiser, latents[some], prompts[some], call or {}, packed=packed),
             given.transpose(1, 2) if packed else given,
             estimator=estimator,
             proposal=proposal or default_proposal(path),
@@ -140,24 +139,23 @@ def default_proposal(path: NoisePath) -> LogisticProposal:
     return LogisticProposal(low, min(high, 2 * math.log((1 - TRUNCATION) / TRUNCATION)))
 
 
-class _PipelineDenoiser:
-    """ε̂ with and without the prompts for point_wise_draws, from the pipeline's own denoiser and conditioning."""
+class _Pair:
+    """ε̂ with and without the prompts for point_wise_draws, from the pipeline's own conditioning."""
 
     def __init__(
         self,
         pipe: Any,
-        path: NoisePath,
+        denoiser: NetworkDenoiser,
         latents: Tensor,
         prompts: Sequence[str],
         call: Mapping[str, Any],
         *,
         packed: bool,
     ) -> None:
-        self.denoiser = denoiser_of(pipe)
-        self.path, self.packed = path, packed
+        self.denoiser, self.packed = denoiser, packed
         scale = guidance_name(type(pipe))
         ours = {
-            "latents": latents.to(cast(torch.dtype, self.denoiser.dtype)),
+            "latents": latents.to(cast(torch.dtype, denoiser.network.dtype)),
             "num_inference_steps": 2,  # one would do, but makes PixArt take its distilled path
             scale: max(2.0, call.get(scale, 2.0)),
             "generator": Generator().manual_seed(0),  # a sampler that draws must not touch the global state
@@ -171,29 +169,22 @@ class _PipelineDenoiser:
             ours["use_resolution_binning"] = False
         probe = first_step(pipe, {**prompted(pipe, prompts, call), **ours})
         self.null, self.conditional = probe.null_conditioning, probe.conditioning
-        self.device = next(iter(self.null.values())).device
         # Texts may differ in length; then each has a call of its own, as also where the pipeline makes two.
         shapes = [{name: value.shape for name, value in told.items()} for told in (self.null, self.conditional)]
-        self.together = shapes[0] == shapes[1] and not family_of(self.denoiser).separate_calls
+        self.together = shapes[0] == shapes[1] and not family_of(denoiser.network).separate_calls
 
     def __call__(self, noisy: Tensor, log_snr: Tensor) -> tuple[Tensor, Tensor]:
-        alpha, sigma = (x.float().to(noisy.device) for x in alpha_sigma(log_snr, is_flow=self.path.is_flow))
-        timestep = self.path.timestep(log_snr).to(noisy.device)
         if self.together:
             both = {name: torch.cat([self.null[name], self.conditional[name]]) for name in self.null}
-            outputs = list(self._output(torch.cat([noisy, noisy]), timestep, both).chunk(2))
+            null, conditional = self._epsilon(torch.cat([noisy, noisy]), log_snr, both).chunk(2)
         else:
-            outputs = [self._output(noisy, timestep, told) for told in (self.null, self.conditional)]
-        null, conditional = (
-            epsilon_and_sample(output, noisy, alpha, sigma, self.path.predicts, is_flow=self.path.is_flow)[0]
-            for output in outputs
-        )
+            null, conditional = (self._epsilon(noisy, log_snr, told) for told in (self.null, self.conditional))
         return conditional, null
 
-    def _output(self, noisy: Tensor, timestep: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
+    def _epsilon(self, noisy: Tensor, log_snr: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
         given = noisy.transpose(1, 2) if self.packed else noisy
-        output = network_output(self.denoiser, given, conditioning, timestep.expand(len(noisy)))
-        return output.transpose(1, 2) if self.packed else output
+        epsilon = self.denoiser.epsilon(given, log_snr, conditioning)
+        return epsilon.transpose(1, 2) if self.packed else epsilon
 
 
 def save_heat_map(file: Path, image: Image, information: Tensor) -> None:
