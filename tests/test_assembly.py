@@ -129,7 +129,7 @@ def spoil(monkeypatch, *prompts):
     monkeypatch.setattr("mitune.denoiser.sampling.generate", spoiled)
 
 
-@pytest.mark.parametrize("select", ["contrast", "self-confidence", "margin-words", "random", "mi-tune@0.5", "early"])
+@pytest.mark.parametrize("select", ["contrast", "self-confidence", "fits", "random", "mi-tune@0.5", "early"])
 @pytest.mark.parametrize("place", [0, 2])
 def test_a_prompt_without_any_image_costs_itself_alone(model, tmp_path, monkeypatch, caplog, select, place):
     spoil(monkeypatch, PROMPTS[place])

@@ -13,7 +13,6 @@ from mitune.bench.knows import Knowledge, knowledge, markdown, prediction
 from mitune.bench.select import (
     BOUND,
     FAILURES,
-    FREE,
     PLACED,
     TOO_LITTLE,
     TOO_MUCH,
@@ -23,10 +22,10 @@ from mitune.bench.select import (
     some_of_each,
 )
 from mitune.bench.select_tables import SHOWN, gap_figure, only, prediction_of, summarize_study, tables_of, tau_figure
+from mitune.bench.variants import COMBINATIONS, CONTRASTS, FREE
 from mitune.config.schema import ModelConfig
 from mitune.errors import MituneError
 from mitune.evaluation.statistics import bootstrap_ratio
-from mitune.information.contrast import POST_HOC
 from mitune.run.store import write_json
 from mitune.worlds.shapes.check import Share
 from mitune.worlds.shapes.grammar import CATEGORIES, parse
@@ -148,7 +147,7 @@ def test_tables_and_figures_show_every_score():
 
 
 def test_shown_scores_exist():
-    assert {*FREE, *POST_HOC} >= set(SHOWN)
+    assert {*FREE, *CONTRASTS, *COMBINATIONS} >= set(SHOWN)
 
 
 def test_some_prompts_of_each_category_and_split():

@@ -15,8 +15,8 @@ from mitune.denoiser.opening.models import Model
 from mitune.denoiser.pictures import decode, encode_images
 from mitune.denoiser.sampling import Request, generate
 from mitune.finetuning.dataset import TrainingSet
-from mitune.information.contrast import gather
 from mitune.pool.build import build_pool
+from mitune.pool.evidence import gather
 from mitune.scoring import score
 from tests.families import CASES
 

@@ -18,10 +18,10 @@ from mitune.denoiser.opening.models import Model
 from mitune.denoiser.probe import MIProbe
 from mitune.denoiser.sampling import Request, candidate_seed, generate
 from mitune.errors import MituneError
-from mitune.information.contrast import NEGATIVES, rivals_of
 from mitune.information.core import SCORES, get_score
 from mitune.pool.build import build_pool
 from mitune.pool.race import Race
+from mitune.prompts.rivals import NEGATIVES, rivals_of
 from tests.families import CASES
 from tests.families import PROMPTS as TEXTS
 from tests.tiny import SD3_CALL, tiny_sd, tiny_sd3
@@ -242,7 +242,7 @@ class TestPool:
             build_pool(model, prompts, tmp_path / "shards" / "pool", CONFIG, shard=(shard, 2))
         assert files_of(tmp_path / "shards") == files_of(tmp_path / "whole")
 
-    @pytest.mark.parametrize("rule", ["random", "oracle", "mi-tune@0.9", "normalized-negatives"])
+    @pytest.mark.parametrize("rule", ["random", "oracle", "mi-tune@0.9", "fits"])
     def test_selections_that_need_all_are_refused(self, model, tmp_path, rule):
         config = replace(CONFIG, select=("mi-tune", rule))
         with pytest.raises(MituneError, match=r"needs all of them finished; leave that out, or set pool.race=\[\]"):
@@ -276,7 +276,10 @@ class TestPool:
         for prompt in PROMPTS:
             own = [row for row in rows if row["prompt"] == prompt]
             assert [math.isfinite(row["score.contrast"]) for row in own] == [row["status"] == "ok" for row in own]
-            best = max((row for row in own if row["status"] == "ok"), key=lambda row: row["score.contrast"])
+            best = max(
+                (row for row in own if row["status"] == "ok"),
+                key=lambda row: (row["score.contrast"], row["score.self-confidence"]),
+            )
             assert [row for row in own if row["kept.contrast"]] == [best]
 
     def test_only_those_that_stay_are_judged(self, model, tmp_path):

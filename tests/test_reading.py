@@ -9,9 +9,9 @@ from mitune.denoiser.probe import MIProbe
 from mitune.denoiser.reading import cut_texts
 from mitune.denoiser.sampling import Request, generate_all
 from mitune.errors import MituneError
-from mitune.information.contrast import NEGATIVES, read_whole
 from mitune.pool.build import build_pool
 from mitune.prompts.negatives import hard_negatives
+from mitune.prompts.rivals import NEGATIVES, read_whole
 from mitune.scoring import score
 from tests.families import CASES
 from tests.sets import tiny_sdxl

@@ -22,12 +22,13 @@ from torch import Generator, Tensor
 from mitune.denoiser.epsilon import NetworkDenoiser
 from mitune.denoiser.network import family_of
 from mitune.denoiser.opening.calls import size_grid
-from mitune.denoiser.opening.models import guidance_name, prompted
+from mitune.denoiser.opening.models import Model, guidance_name, prompted
 from mitune.denoiser.path import NoisePath
 from mitune.denoiser.pictures import encode_images
 from mitune.denoiser.sampling import first_step
 from mitune.errors import MituneError
 from mitune.files.images import on_grid
+from mitune.information.contrast import normalized_margins
 from mitune.information.core import (
     TRUNCATION,
     UNITS,
@@ -37,7 +38,11 @@ from mitune.information.core import (
     Proposal,
     point_wise_draws,
 )
+from mitune.pool.evidence import gather
+from mitune.pool.scores import CONTRAST, own_negatives, score_named
 from mitune.prompts.lists import refuse_cut
+from mitune.prompts.negatives import hard_negatives
+from mitune.prompts.rivals import NEGATIVES, read_whole
 from mitune.run.store import write_figure
 
 NOISINGS_A_STRATUM = 4  # two independent antithetic pairs
@@ -119,6 +124,26 @@ def score(
         draws=summed,
         maps=_on_grid(maps, call or {}) if packed else maps,
     )
+
+
+def score_against(
+    model: Model, image: Image, prompt: str, *, negatives: str | None = None, seed: int = 0
+) -> dict[str, float]:
+    """m/D of a picture against each hard negative of its prompt, by their texts; the least, at most 1, is its contrast.
+
+    Near 1 for a picture of the prompt, below 0 where it fits the negative better. negatives: the user's own file, as in
+    PoolConfig. Raises MituneError for a bad file, and for a prompt without any hard negative.
+    """
+    scores = {"contrast": score_named("contrast")}
+    own = own_negatives(negatives, scores, [prompt], model)
+    rivals = read_whole(model, {NEGATIVES: [negative.prompt for negative in hard_negatives(prompt, own)]})
+    if not rivals[NEGATIVES]:
+        raise MituneError(
+            f"No rule makes a hard negative of {prompt!r}; write some in a file, and name it (--negatives)."
+        )
+    latents = encode_images(model.pipe, on_grid([image], grid_of(model.pipe)), model.call)
+    evidence = gather(model, latents, prompt, rivals, band=CONTRAST.contrast.band, seed=seed)
+    return dict(zip(rivals[NEGATIVES], normalized_margins(evidence)[0].tolist(), strict=True))
 
 
 def _on_grid(maps: Tensor, call: Mapping[str, Any]) -> Tensor:

@@ -24,6 +24,8 @@ from mitune.evaluation.metrics.base import ImageMetric
 from mitune.evaluation.metrics.table import metric_for
 from mitune.finetuning.run import check_trainable, finetune
 from mitune.pool.build import build_pool
+from mitune.pool.scores import own_negatives, scores_of, want_negatives
+from mitune.pool.selection import parse_rule
 from mitune.prompts.lists import load_prompts
 from mitune.report.build import build_report
 from mitune.run.locks import LOCK, sole_worker
@@ -86,8 +88,10 @@ def tune(config: Config, run: Path, *, stages: Stages = silent) -> TuneResult:
     check_trainable(config.model, config.finetune, base.pipe)
     prompts = [listed.text for listed in load_prompts(config.prompts, base, config.prompt_field)]
     metric = metric_for(config.metric, source=config.prompts, model=config.model.name, prompts=prompts)
+    scores = scores_of(map(parse_rule, config.pool.select))
+    own_negatives(config.pool.negatives, scores, prompts, base)  # refused now rather than hours later
     if config.eval_prompts:
-        _held_out(config, base)  # refused now rather than hours later
+        _held_out(config, base)  # likewise
     _require_run(run)
     with sole_worker(run):
         claim_run(run, config, prompts)
@@ -159,9 +163,15 @@ def _pools(config: PoolConfig, adapters: Mapping[str, Path]) -> list[tuple[str, 
     if not adapters:
         return [("pool", None, config)]
     return [
-        ("pool" if len(adapters) == 1 else f"pool-{slug}", adapter, replace(config, select=(text,)))
+        ("pool" if len(adapters) == 1 else f"pool-{slug}", adapter, _alone(config, text))
         for text, (slug, adapter) in zip(config.select, adapters.items(), strict=True)
     ]
+
+
+def _alone(config: PoolConfig, selection: str) -> PoolConfig:
+    """The settings of a pool for one selection, with the user's hard negatives if that needs them."""
+    wanted = want_negatives(scores_of([parse_rule(selection)]))
+    return replace(config, select=(selection,), negatives=config.negatives if wanted else None)
 
 
 def judge_run(config: Config, run: Path, *, stages: Stages = silent) -> Path:

@@ -26,7 +26,7 @@ from mitune.denoiser.sampling import Request, candidate_seed, generate_all
 from mitune.errors import MituneError
 from mitune.evaluation.metrics.base import ImageMetric
 from mitune.evaluation.statistics import POOLED, Interval, kendall_tau, summarize
-from mitune.information.contrast import told_apart
+from mitune.pool.evidence import told_apart
 from mitune.run.locks import sole_worker
 from mitune.run.store import DAMAGED, claim, write_json
 from mitune.worlds.base import Listed, Negative

@@ -31,8 +31,8 @@ Settings were chosen on other tasks and other seeds: Student's t of other dimens
 another correlation, other widths of noise, other normals.
 
 - **RFMI**, **MINDE-C**: denoisers on a flow path and a VP path, each a Gaussian skeleton plus a network that starts at
-  zero (`src/mitune/estimators/fields.py`). **RFMI-plain**, **MINDE-C-plain**: as in the papers, without a skeleton; RFMI
-  with its dot product and truncated importance sampling.
+  zero (`src/mitune/estimators/fields.py`). **RFMI-plain**, **MINDE-C-plain**: as in the papers, without a skeleton;
+  RFMI with its dot product and truncated importance sampling.
 - **Gaussian-copula**: the closed form on normal scores of the ranks. **CCA**: the same on the samples as they are.
   **KSG**: nearest neighbors. **MINE**, **InfoNCE**, **NWJ**, **SMILE**: variational bounds, one setting for all tasks.
 

@@ -24,10 +24,12 @@ from mitune.denoiser.pictures import decode
 from mitune.denoiser.probe import MIProbe
 from mitune.denoiser.sampling import Request, candidate_seed, generate
 from mitune.evaluation.statistics import Interval, bootstrap, bootstrap_ratio, numbers
-from mitune.information.contrast import COMBINATIONS, FIRST_STAGES, gather, rivals_of
 from mitune.information.core import SCORES
+from mitune.pool.evidence import gather
 from mitune.pool.race import GROUP, Race
+from mitune.pool.scores import CONTRAST, score_named
 from mitune.pool.selection import select
+from mitune.prompts.rivals import rivals_of
 from mitune.run.locks import sole_worker
 from mitune.run.store import Records, claim
 from mitune.worlds.base import Listed
@@ -46,7 +48,7 @@ SCHEDULES: Mapping[str, Rungs] = MappingProxyType(
         "quarter at 50 %": ((0.5, 0.25),),
     }
 )
-CONTRAST = COMBINATIONS["contrast"]
+NAME = "contrast"
 RESAMPLES = 10_000
 SUBSETS = 25  # of the candidates of a prompt, for what fewer of them would gain
 PAGE = """# Racing: fewer denoiser calls
@@ -154,7 +156,7 @@ def run_study(
             else:
                 table = record[0]
             scores = {name: np.array(table[name].to_pylist()) for name in SCORES}
-            runs.append(Run(np.array(table["exact"].to_pylist(), np.float64), scores, numbers(table, CONTRAST.name)))
+            runs.append(Run(np.array(table["exact"].to_pylist(), np.float64), scores, numbers(table, NAME)))
             if progress:
                 progress(index + 1, len(texts))
     return runs
@@ -177,7 +179,7 @@ def _run(model: Model, prompt: str, config: RaceConfig) -> pa.Table:
     rivals = {kind: known[kind] for kind in second.rivals}
     evidence = gather(model, latents, prompt, rivals, band=second.band, seed=config.seed, batch_size=config.batch_size)
     columns = {name: torch.stack([scores[name] for scores in so_far], dim=1).tolist() for name in SCORES}
-    columns[CONTRAST.name] = second.of_needed(evidence).tolist()
+    columns[NAME] = second.of_needed(evidence).tolist()
     return pa.table({"exact": [v.exact and not v.malformed for v in verdicts]} | columns)
 
 
@@ -199,10 +201,10 @@ def outcome_of(runs: Sequence[Run], model: str, score: str, schedule: str) -> Ou
     """Replays one schedule by one score on each of the runs."""
     rows, calls, most = [], 0, 0
     for run in runs:
-        so_far = run.scores[FIRST_STAGES.get(score, score)]
+        so_far = run.scores[score_named(score).online or score]
         left, made = replay(so_far, SCHEDULES[schedule])
         calls, most = calls + made, most + so_far.size
-        final = run.contrast if score == CONTRAST.name else so_far[:, -1]
+        final = run.contrast if score == NAME else so_far[:, -1]
         best, pick = (_pick(run, score, some) for some in (range(len(final)), left))
         regret, spread = final[best] - final[pick], final[best] - np.nanmean(final)
         drawn, unraced, raced = run.exact.mean(), run.exact[best], run.exact[pick]
@@ -219,11 +221,11 @@ def outcome_of(runs: Sequence[Run], model: str, score: str, schedule: str) -> Ou
 
 def _pick(run: Run, score: str, left: Sequence[int]) -> int:
     """The best of those left; by `contrast`, of as many of them as its first stage keeps."""
-    if score != CONTRAST.name:
+    if score != NAME:
         final = run.scores[score][:, -1]
     else:
-        first, final = run.scores[CONTRAST.free][:, -1], run.contrast
-        left = [left[at] for at in select(first[list(left)].tolist(), CONTRAST.kept(len(final)))]
+        first, final = run.scores[CONTRAST.online][:, -1], run.contrast
+        left = [left[at] for at in select(first[list(left)].tolist(), CONTRAST.count(len(final)))]
     return left[select(final[list(left)].tolist(), 1)[0]]
 
 
@@ -248,9 +250,9 @@ def gain(runs: Sequence[Run], candidates: int, rungs: Rungs) -> Interval:
         gained = []
         for _ in range(SUBSETS if candidates < len(run.exact) else 1):
             some = lots.choice(len(run.exact), candidates, replace=False)
-            part = Run(run.exact[some], {CONTRAST.free: run.scores[CONTRAST.free][some]}, run.contrast[some])
-            left, _ = replay(part.scores[CONTRAST.free], rungs)
-            gained.append(part.exact[_pick(part, CONTRAST.name, left)] - run.exact.mean())
+            part = Run(run.exact[some], {CONTRAST.online: run.scores[CONTRAST.online][some]}, run.contrast[some])
+            left, _ = replay(part.scores[CONTRAST.online], rungs)
+            gained.append(part.exact[_pick(part, NAME, left)] - run.exact.mean())
         rows.append([np.mean(gained)])
     return bootstrap(np.array(rows), low=-1, high=1, resamples=RESAMPLES)[0]
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -18,33 +17,26 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from mitune.bench.variants import COMBINATIONS, CONTRASTS, FREE, WIDER
 from mitune.config.schema import ModelConfig
 from mitune.denoiser.opening.identity import model_identity, settings_that_matter
 from mitune.denoiser.opening.models import Model, load_model
 from mitune.denoiser.pictures import decode
 from mitune.denoiser.sampling import Request, candidate_seed, generate_all
 from mitune.errors import MituneError
-from mitune.information.contrast import (
-    ASKED,
-    COMBINATIONS,
-    CONTRASTS,
-    DRAWS,
-    LOG_SNR_RANGE,
-    RIVALS,
-    Evidence,
-    gather,
-    mean_rank,
-    rivals_of,
-)
-from mitune.information.core import SCORES, Trace
+from mitune.information.contrast import ASKED, LOG_SNR_RANGE, Evidence
+from mitune.information.core import Trace
+from mitune.pool.evidence import DRAWS, gather
+from mitune.prompts.rivals import NEGATIVES, NULL, OTHERS, WORDS, Rivals, rivals_of
 from mitune.run.locks import sole_worker
 from mitune.run.store import Records, claim, write_table
 from mitune.worlds.base import Listed
 from mitune.worlds.shapes.grammar import Prompt, parse
 from mitune.worlds.shapes.judge import Verdict, judge
+from mitune.worlds.shapes.negatives import wider_negatives
 
 Progress = Callable[[int, int], None]
-_KINDS = (ASKED, *RIVALS)
+_KINDS = (ASKED, NEGATIVES, WIDER, OTHERS, WORDS, NULL)  # in records by their place
 
 TOO_MUCH, TOO_LITTLE, BOUND, PLACED, MALFORMED = (
     "too much", "too little", "wrongly bound", "wrongly placed", "malformed",
@@ -64,24 +56,6 @@ class SelectConfig:
     def __post_init__(self) -> None:
         if self.candidates < 2:
             raise MituneError(f"candidates = {self.candidates} leaves nothing to select; take at least 2.")
-
-
-# --- Free scores that only the study knows ------------------------------------------------------
-
-
-def online_normalized(trace: Trace) -> Tensor:
-    """The log-likelihood ratio against the empty prompt over ½∫‖Δε‖²dλ, (B,), both of the trajectory: m/D for free."""
-    return SCORES["log-likelihood-ratio"](trace) / SCORES["mi-tune"](trace)
-
-
-def online_ranks(trace: Trace) -> Tensor:
-    """Mean rank of self-confidence and RFMI's dot form, (B,), which err in opposite ways."""
-    return mean_rank(SCORES["self-confidence-late"](trace), SCORES["rfmi"](trace))
-
-
-FREE: Mapping[str, Callable[[Trace], Tensor]] = MappingProxyType(
-    {**SCORES, "online-normalized": online_normalized, "online-ranks": online_ranks}
-)
 
 
 # --- Making the records ------------------------------------------------------------------------------------------
@@ -130,7 +104,7 @@ def run_study(
     folder of other settings or of another process.
     """
     texts = [listed.text for listed in prompts]
-    rivals = {text: rivals_of(text, texts, seed=config.seed) for text in texts}
+    rivals = {text: all_rivals(text, texts, config.seed) for text in texts}
     tables, total = [], len(models) * len(prompts)
     with sole_worker(folder):
         for index, settings in enumerate(models):
@@ -156,9 +130,13 @@ def run_study(
     return target
 
 
-def _record(
-    model: Model, prompt: str, rivals: Mapping[str, Sequence[str]], config: SelectConfig
-) -> tuple[pa.Table, dict[str, Tensor]]:
+def all_rivals(prompt: str, prompts: Sequence[str], seed: int) -> dict[str, list[str]]:
+    """Rivals of a prompt, also those that ask for more or for something else; in the order of the records."""
+    rivals = rivals_of(prompt, prompts, seed=seed) | {WIDER: [n.prompt for n in wider_negatives(prompt)]}
+    return {kind: rivals[kind] for kind in _KINDS if kind in rivals}
+
+
+def _record(model: Model, prompt: str, rivals: Rivals, config: SelectConfig) -> tuple[pa.Table, dict[str, Tensor]]:
     """Makes, judges and questions the candidates of a prompt."""
     seeds = [candidate_seed(config.seed, prompt, j) for j in range(config.candidates)]
     requests = [Request(prompt=prompt, seed=seed) for seed in seeds]

@@ -53,6 +53,14 @@ Selection = Annotated[
     list[str] | None,
     Option("--select", "-s", help="Score or control that picks, e.g. contrast, mi-tune, random. Repeatable."),
 ]
+Negatives = Annotated[
+    str | None,
+    Option(
+        metavar="FILE",
+        help='Hard negatives of your own, for scores against rival prompts: JSON lines, {"prompt": ..., "negatives": '
+        "[...]}; by rule where the file has none.",
+    ),
+]
 Race = Annotated[
     bool | None,
     Option(

@@ -85,6 +85,9 @@ class PoolConfig:
     # Rungs of a race: after this share of the steps, this share of a prompt's candidates stays, by the scores of
     # `select`. None: GRADUAL where these all begin with self-confidence, else no race. Empty: never.
     race: Rungs | None = None
+    # JSON lines of hard negatives, {"prompt": ..., "negatives": [...]}, for scores that hold an image against rival
+    # prompts. None, and for prompts that the file lacks: those that rules make.
+    negatives: str | None = None
     seed: Seed = 0
 
     def __post_init__(self) -> None:

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -24,7 +24,6 @@ from mitune.denoiser.opening.models import Model, prompted
 from mitune.denoiser.probe import MIProbe
 from mitune.denoiser.quiet import quiet_pipelines
 from mitune.information.core import SCORES, Trace
-from mitune.pool.race import Race
 from mitune.prompts.lists import refuse_cut
 
 log = logging.getLogger(__name__)
@@ -50,6 +49,20 @@ class Batch:
     null_conditioning: dict[str, Tensor]
     dropped: list[int]  # (B) the step after which a race dropped it, its latents and terms being NaN; 0 where it stayed
     batch_size: int  # of the denoiser's calls
+
+
+class Dropping(Protocol):
+    """What drops candidates half-way, as a race of a pool does (`mitune.pool.race`)."""
+
+    @property
+    def candidates(self) -> int:
+        """How many candidates of a prompt come one after the other."""
+
+    def drop(self, probe: MIProbe) -> None:
+        """Called after each step; has the probe keep those that stay."""
+
+    def prompts_together(self, steps: int, batch_size: int) -> int:
+        """How many prompts' candidates one call of the pipeline makes."""
 
 
 def candidate_seed(seed: int, prompt: str, candidate: int) -> int:
@@ -101,7 +114,7 @@ def default_batch_size(device: torch.device) -> int:
 
 
 def generate_all(
-    model: Model, requests: Sequence[Request], batch_size: int, race: Race | None = None, scores: Sequence[str] = ()
+    model: Model, requests: Sequence[Request], batch_size: int, race: Dropping | None = None, scores: Sequence[str] = ()
 ) -> Iterator[tuple[Sequence[Request], Batch]]:
     """Runs of requests with what came of them, in order. Out of memory halves the batch from there on.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, Literal, TypeVar
@@ -245,12 +245,20 @@ def kendall_tau(first: Array, second: Array) -> float:
     return math.nan if len(first) < 2 else float(kendalltau(first, second).statistic)
 
 
-def selection(candidates: pa.Table, keep: int = 1, *, resamples: int = RESAMPLES, seed: int = 0) -> list[Selection]:
+def selection(
+    candidates: pa.Table,
+    keep: int = 1,
+    *,
+    ties: Mapping[str, str] | None = None,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> list[Selection]:
     """Every score of a pool held against the judge, with prompts resampled; empty where the pool was not judged.
 
     `candidates` has one row a candidate: prompt_index, exact, graded, malformed and a column "score.<name>" per
     score. A candidate without a finite score is neither ranked nor kept by it, but a random choice or the judge could
-    keep it; one without a verdict is left out. Equal scores count for the exact share that they have together.
+    keep it; one without a verdict is left out. Of equal scores, those that are best by the score which `ties` names are
+    kept; where it names none, they count for the exact share that they have together.
     """
     exact, graded = numbers(candidates, "exact"), numbers(candidates, "graded")
     if not np.isfinite(exact).any():
@@ -262,18 +270,27 @@ def selection(candidates: pa.Table, keep: int = 1, *, resamples: int = RESAMPLES
     drawn, oracle = bootstrap(np.array(of_all), low=0, high=1, resamples=resamples, seed=seed)
     found = []
     for column in (name for name in candidates.column_names if name.startswith("score.")):
-        scores = numbers(candidates, column)
+        name = column.removeprefix("score.")
+        scores = order = numbers(candidates, column)
+        if ties and name in ties:
+            order = lexicographic(scores, numbers(candidates, f"score.{ties[name]}"))
         figures = []
         for group in groups:
             own = group[np.isfinite(scores[group])]
             tau = kendall_tau(scores[own], graded[own]) if np.isfinite(graded[own]).all() else math.nan
-            figures.append((tau, best_share(scores[own], exact[own], keep)))
+            figures.append((tau, best_share(order[own], exact[own], keep)))
         table = np.array(figures)
         (agreement,) = bootstrap(table[:, :1], low=-1, high=1, resamples=resamples, seed=seed)
         (kept,) = bootstrap(table[:, 1:], low=0, high=1, resamples=resamples, seed=seed)
-        name = column.removeprefix("score.")
         found.append(Selection(name, agreement if agreement.prompts else None, kept, drawn, oracle))
     return found
+
+
+def lexicographic(first: Array, second: Array) -> Array:
+    """Ranks (n,), from 0 for the lowest, by `first` and then by `second`; equal where both are."""
+    pairs = np.stack([first, second], axis=1)
+    ranks: Array = np.unique(pairs, axis=0, return_inverse=True)[1].reshape(-1).astype(np.float64)
+    return ranks
 
 
 def _share(exact: Array) -> float:

@@ -28,14 +28,16 @@ from mitune.denoiser.sampling import Batch, Request, candidate_seed, default_bat
 from mitune.errors import MituneError
 from mitune.evaluation.metrics.base import ImageMetric, judge, merit
 from mitune.evaluation.metrics.table import metric_claim
-from mitune.information.contrast import COMBINATIONS, FIRST_STAGES, POST_HOC, post_hoc, rivals_of
 from mitune.information.core import SCORES, Trace
 from mitune.pool.assembly import SHOWN_PROMPTS, TABLE, Assembly
 from mitune.pool.race import Race, race_of
+from mitune.pool.scores import Candidates, PoolScore, own_negatives, scores_of
 from mitune.pool.selection import ORACLE, Rule, apply, parse_rule, select
 from mitune.prompts.lists import check_prompts
+from mitune.prompts.rivals import read_whole, rivals_of
 from mitune.run.locks import one_of_many, waiting
 from mitune.run.store import Records, claim, read_again, write_json
+from mitune.worlds.base import Negative
 
 log = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
@@ -74,17 +76,20 @@ def build_pool(
     finds all records present writes the sets, as does each later call where files of a set are missing or damaged.
     `identity` is `model_identity` of the model; without it, the weights in memory are asked.
     Raises MituneError for an unknown selection, one that a race would starve, one without a value at the run's
-    steps, an oracle without a metric, prompts that the model's call would cut, a folder of other settings or of another
-    process, something else in the place of a set, or a model that makes nothing but NaN.
+    steps, an oracle without a metric, hard negatives that nothing needs, prompts that the model's call would cut, a
+    folder of other settings or of another process, something else in the place of a set, or a model that makes nothing
+    but NaN.
     """
     prompts = check_prompts(prompts, model)
-    rules = [parse_rule(text, [*SCORES, *POST_HOC]) for text in config.select]
+    rules = [parse_rule(text) for text in config.select]
+    scores = scores_of(rules)
+    negatives = own_negatives(config.negatives, scores, prompts, model)
     if metric is None and any(rule.by == ORACLE for rule in rules):
         raise MituneError(
             "pool.select names 'oracle', but neither model nor prompts come with a judge; leave it out, or name a "
             "metric (--metric)."
         )
-    race = race_of(config.race, rules, FIRST_STAGES, candidates=config.candidates, keep=config.keep)
+    race = race_of(config.race, rules, scores, candidates=config.candidates, keep=config.keep)
     made_by = dict(identity or loaded_identity(model))
     settings = {"model": made_by, "prompts": list(prompts), "pool": settings_that_matter(config)} | metric_claim(metric)
     with one_of_many(folder, shard):
@@ -98,7 +103,7 @@ def build_pool(
         if not (folder / TABLE).exists():  # else all is made, and what is whole may stay whatever is beside it
             assembly.require_room()
         mine = range(shard[0], len(prompts), shard[1])
-        pool = _Pool(model, prompts, config, batch_size, rules, metric, records)
+        pool = _Pool(model, prompts, config, batch_size, rules, scores, negatives, metric, records)
         steps, further = pool.make(mine, race, progress)
         with waiting(folder):
             table = assembly.run(records, len(prompts))
@@ -175,6 +180,8 @@ class _Pool:
     config: PoolConfig
     batch_size: _BatchSize
     rules: Sequence[Rule]
+    scores: Mapping[str, PoolScore]  # by name
+    negatives: Mapping[str, Sequence[Negative]] | None  # the user's own
     metric: ImageMetric | None
     records: Records
 
@@ -231,7 +238,7 @@ class _Pool:
         free = {name: score(trace).where(finite, torch.nan) for name, score in SCORES.items()}
         scores = {name: values.tolist() for name, values in free.items()}
         with rows_counted(denoiser_of(self.model.pipe)) as rows:
-            scores |= {name: self.post_hoc(name, index, latents, finite, free) for name in self.post_hoc_names}
+            scores |= self.further(index, latents, trace, finite, free)
         further = sum(rows) / 2  # a call while sampling has two rows
         columns: dict[str, Sequence[Any]] = {
             "prompt_index": [index] * count,
@@ -257,7 +264,8 @@ class _Pool:
         columns |= {f"score.{name}": values for name, values in scores.items()} | candidates.terms
         stored = set(self._extremes(scores) if index < SHOWN_PROMPTS else ())
         for rule in self.rules:
-            kept = apply(rule, scores, self.config.keep, candidate_seed(self.config.seed, prompt, -1))
+            seed = candidate_seed(self.config.seed, prompt, -1)
+            kept = apply(rule, scores, self.config.keep, seed, self.ties(rule.by, scores))
             columns[f"kept.{rule.slug}"] = [candidate in kept for candidate in range(count)]
             stored |= set(kept)
         tensors = {"latents": latents[sorted(stored)], "candidates": torch.tensor(sorted(stored), dtype=torch.int64)}
@@ -267,29 +275,40 @@ class _Pool:
 
     @property
     def online(self) -> list[str]:
-        """The on-line scores that rules go by, alone or together with a contrast."""
-        names = [COMBINATIONS[rule.by].free if rule.by in COMBINATIONS else rule.by for rule in self.rules]
-        return [name for name in names if name in SCORES]
+        """The on-line scores that rules go by, alone or together with another."""
+        return [score.online for score in self.scores.values() if score.online is not None]
 
-    @property
-    def post_hoc_names(self) -> list[str]:
-        """Scores that select and cost further denoiser calls: only these are paid for."""
-        return list(dict.fromkeys(rule.by for rule in self.rules if rule.by in POST_HOC))
+    def ties(self, name: str, values: Mapping[str, Sequence[float]]) -> Sequence[float] | None:
+        """What decides among candidates that a score or control holds equal, out of the values of all scores."""
+        score = self.scores.get(name)
+        return None if score is None or score.online is None else values[score.online]
 
-    def post_hoc(
-        self, name: str, index: int, latents: Tensor, finite: Tensor, free: Mapping[str, Tensor]
-    ) -> list[float]:
+    def further(
+        self, index: int, latents: Tensor, trace: Trace, finite: Tensor, online: Mapping[str, Tensor]
+    ) -> dict[str, list[float]]:
+        """The scores of a prompt that select and are not on-line; they may cost further denoiser calls."""
+        scores = {name: score for name, score in self.scores.items() if not score.is_online}
+        if not scores:
+            return {}
         prompt, seed = self.prompts[index], self.config.seed
-        rivals = rivals_of(prompt, self.prompts, seed=seed)
-        clean = latents.nan_to_num()
-        size, keep = self.batch_size.value, self.config.keep
-        values = post_hoc(name, self.model, clean, prompt, rivals, free, keep=keep, seed=seed, batch_size=size)
-        return values.where(finite, torch.nan).tolist()
+        rivals = rivals_of(prompt, self.prompts, seed=seed, negatives=self.negatives)
+        candidates = Candidates(
+            model=self.model,
+            prompt=prompt,
+            rivals=read_whole(self.model, rivals),
+            latents=latents.nan_to_num(),
+            trace=trace,
+            online=online,
+            keep=self.config.keep,
+            seed=seed,
+            batch_size=self.batch_size.value,
+        )
+        return {name: score(candidates).where(finite, torch.nan).tolist() for name, score in scores.items()}
 
     def _extremes(self, scores: Mapping[str, Sequence[float]]) -> list[int]:
         """The best and the worst by the first score that selects, for the report to show."""
-        by = next((rule.by for rule in self.rules if rule.by in (*SCORES, *POST_HOC)), "mi-tune")
-        order = select(scores[by], self.config.candidates)
+        by = next(iter(self.scores), "mi-tune")
+        order = select(scores[by], self.config.candidates, ties=self.ties(by, scores))
         return order[:EXTREMES] + order[-EXTREMES:]
 
 

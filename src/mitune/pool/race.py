@@ -15,6 +15,7 @@ from mitune.config.schema import GRADUAL, Rungs
 from mitune.denoiser.probe import MIProbe
 from mitune.errors import MituneError
 from mitune.information.core import SCORES
+from mitune.pool.scores import PoolScore
 from mitune.pool.selection import Rule, select
 
 SAFE = "self-confidence"  # the score that a race loses least of: docs/racing.md
@@ -76,27 +77,26 @@ class Race:
 
 
 def race_of(
-    rungs: Rungs | None, rules: Sequence[Rule], first_stages: Mapping[str, str], *, candidates: int, keep: int
+    rungs: Rungs | None, rules: Sequence[Rule], scores: Mapping[str, PoolScore], *, candidates: int, keep: int
 ) -> Race | None:
     """The race by these rungs, by default where self-confidence decides; None without one.
 
-    rungs: as in PoolConfig.race. `first_stages` has the on-line score that decides first, for each post-hoc score of
-    two stages. Raises MituneError for a rule that needs all candidates finished: a control, a quantile, another
-    post-hoc score.
+    rungs: as in PoolConfig.race. scores: those that the rules name, without the controls. Raises MituneError for a rule
+    that needs all candidates finished: a control, a quantile, a score that does not go with an on-line one.
     """
+    online = {rule: scores[rule.by].online for rule in rules if rule.by in scores and rule.quantile is None}
     if rungs is None:
-        safe = all(first_stages.get(rule.by, rule.by) == SAFE and rule.quantile is None for rule in rules)
-        rungs = GRADUAL if safe else ()
+        rungs = GRADUAL if all(online.get(rule) == SAFE for rule in rules) else ()
     if not rungs:
         return None
-    scores = []
     for rule in rules:
-        score = first_stages.get(rule.by, rule.by)
-        if score not in SCORES or rule.quantile is not None:
+        if online.get(rule) is None:
             raise MituneError(
                 f"pool.race drops candidates half-way, but pool.select names {rule.slug!r}, which needs all of them "
                 "finished; leave that out, or set pool.race=[] (--no-race)."
             )
-        scores.append(score)
-    chosen_from = 2 * keep if any(rule.by in first_stages for rule in rules) else keep  # a second stage needs a choice
-    return Race(rungs=rungs, scores=tuple(dict.fromkeys(scores)), candidates=candidates, keep=chosen_from)
+    staged = any(not scores[rule.by].is_online for rule in rules)
+    chosen_from = 2 * keep if staged else keep  # a second stage needs a choice
+    return Race(
+        rungs=rungs, scores=tuple(dict.fromkeys(filter(None, online.values()))), candidates=candidates, keep=chosen_from
+    )

@@ -30,8 +30,8 @@ from mitune.evaluation.statistics import (
     selection,
     summarize,
 )
-from mitune.information.contrast import COMBINATIONS, CONTRASTS, POST_HOC
 from mitune.information.core import SCORES
+from mitune.pool.scores import POST_HOC
 from mitune.pool.selection import ORACLE, Rule, parse_rule
 from mitune.report import plots
 from mitune.report.files import pool_of, read_config, read_json, read_table, rounds, setting
@@ -42,6 +42,7 @@ BASELINE = "base"
 CONTROLS = ("random", "oracle")
 COSTS = ("seconds", "candidates", "denoiser_calls", "unraced_calls")  # of a stage
 CURVES = ("iteration", "loss", "gradient_norm", "seconds")  # of an iteration
+TIES = {name: score.online for name, score in POST_HOC.items() if score.online}  # what decides among equals, by score
 BINS = 10  # ranks of a score are shown in tenths
 
 Array = NDArray[np.float64]
@@ -66,7 +67,7 @@ def build_report(run: Path) -> Path:
 def context(run: Path) -> Context:
     """Everything that the template shows, from the files of a run. Raises MituneError like build_report."""
     text, config = read_config(run)
-    rules = [parse_rule(str(text), [*SCORES, *POST_HOC]) for text in setting(config, "pool.select") or ()]
+    rules = [parse_rule(str(text)) for text in setting(config, "pool.select") or ()]
     selects = [rule.slug for rule in rules]
     images = read_table(run / "eval" / "images.parquet")
     comparisons = summarize(images, BASELINE) if images is not None else []
@@ -303,14 +304,14 @@ def _pool(folder: Path, title: str, config: Mapping[str, Any], rules: Sequence[R
         "raced": len(statuses) - statuses.count("nan") - statuses.count("ok"),
         "by": by,
         "keep": keep,
-        "cards": extremes(folder / "extremes", candidates, by) if by else [],
+        "cards": extremes(folder / "extremes", candidates, by, TIES.get(by)) if by else [],
         "scores": _scores(candidates, keep, [rule.by for rule in rules], title),
     }
 
 
 def _scores(candidates: pa.Table, keep: int, selecting: Sequence[str], where: str) -> list[Context]:
     """Each score of a pool: its distribution, its agreement with the judge, and what it would keep."""
-    judged = {quality.score: quality for quality in selection(candidates, keep)}
+    judged = {quality.score: quality for quality in selection(candidates, keep, ties=TIES)}
     prompts = np.unique(numbers(candidates, "prompt_index"), return_inverse=True)[1]
     exact = numbers(candidates, "exact") * ~flags(candidates, "malformed")
     found = []
@@ -325,7 +326,7 @@ def _scores(candidates: pa.Table, keep: int, selecting: Sequence[str], where: st
         if not any(len(values) for _, values in groups):
             groups = [("series-0", centered[finite])]
         known = SCORES.get(name)
-        post_hoc = COMBINATIONS.get(name) or CONTRASTS.get(name)
+        post_hoc = POST_HOC.get(name)
         shown: Context = {
             "name": name,
             "selects": name in selecting,

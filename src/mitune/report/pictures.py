@@ -87,24 +87,24 @@ def before_after(folder: Path, images: pa.Table, shown: Sequence[str]) -> list[C
     return cards
 
 
-def extremes(folder: Path, candidates: pa.Table, score: str) -> list[Card]:
+def extremes(folder: Path, candidates: pa.Table, score: str, ties: str | None = None) -> list[Card]:
     """Best and worst candidates by "score.<score>" of the first prompts with saved pictures, best first.
 
-    `folder` holds <prompt index>-<candidate>.png.
+    `folder` holds <prompt index>-<candidate>.png. ties: the score that decides among equal ones.
     """
-    column = f"score.{score}"
+    column, second = f"score.{score}", f"score.{ties or score}"
     saved: dict[tuple[int, int], Path] = {}
     for path in sorted(folder.glob("*.png")):
         if match := re.fullmatch(r"(\d+)-(\d+)", path.stem):
             saved[int(match[1]), int(match[2])] = path
     of_prompt: dict[int, list[Row]] = defaultdict(list)
-    names = ["prompt_index", "prompt", "candidate", "exact", "malformed", column]
+    names = ["prompt_index", "prompt", "candidate", "exact", "malformed", *dict.fromkeys((column, second))]
     for row in candidates.select(names).to_pylist() if saved else ():
         if (row["prompt_index"], row["candidate"]) in saved and row[column] is not None:
             of_prompt[row["prompt_index"]].append(row)
     cards = []
     for prompt in sorted(of_prompt)[:EXTREMES]:
-        rows = sorted(of_prompt[prompt], key=lambda row: row[column], reverse=True)
+        rows = sorted(of_prompt[prompt], key=lambda row: (row[column], row[second]), reverse=True)
         texts = [f"{row[column]:.4g}".replace("-", "−") for row in rows]
         shown = [_picture(saved[prompt, row["candidate"]], row, (text,)) for row, text in zip(rows, texts, strict=True)]
         half = (len(shown) + 1) // 2

@@ -42,9 +42,15 @@ _digests: dict[tuple[str, int, int, int, int], str] = {}
 
 
 def settings_that_matter(config: Any) -> dict[str, Any]:
-    """The settings of a section (a dataclass of `config`, or of a study) that its results depend on."""
+    """The settings of a section (a dataclass of `config`, or of a study) that its results depend on.
+
+    Of a file, what is in it counts.
+    """
     indifferent = INDIFFERENT.get(type(config), _STUDIES)
-    return {name: value for name, value in asdict(config).items() if name not in indifferent}
+    settings = {name: value for name, value in asdict(config).items() if name not in indifferent}
+    if isinstance(config, PoolConfig) and config.negatives is not None:
+        settings["negatives"] = digest(Path(config.negatives))
+    return settings
 
 
 def model_identity(config: ModelConfig, adapter: Path | None = None) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from scipy.stats import binomtest
 from mitune.denoiser.opening.models import Model
 from mitune.denoiser.pictures import decode, encode_images
 from mitune.denoiser.sampling import Request, candidate_seed, generate_all
-from mitune.information.contrast import told_apart
+from mitune.pool.evidence import told_apart
 from mitune.worlds.shapes.grammar import parse
 from mitune.worlds.shapes.metric import ShapesMetric
 from mitune.worlds.shapes.negatives import shapes_negatives
