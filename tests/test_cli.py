@@ -1,5 +1,6 @@
 """The command line as a user meets it: help that teaches, errors in a sentence, and a whole small run."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -14,19 +15,19 @@ COMMANDS = ["demo", "tune", "pool", "train", "generate", "score", "eval", "repor
 
 
 def mitune(*arguments, cwd, status=0):
-    """Runs the real command in its own process; returns what it printed."""
-    command = [sys.executable, "-c", "from mitune.cli import main; main()", *map(str, arguments)]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600)
-    shown = " ".join((done.stdout + done.stderr).split())
-    assert done.returncode == status, shown
+    """What the command prints, given in the folder `cwd` and in this process."""
+    with contextlib.chdir(cwd):
+        ended, shown = invoke(*arguments)
+    assert ended == status, shown
     assert "Traceback" not in shown
     return shown
 
 
-def test_help_teaches(tmp_path):
-    shown = mitune("--help", cwd=tmp_path)
-    assert all(command in shown for command in COMMANDS)
-    assert "Example" in mitune("tune", "--help", cwd=tmp_path)
+def test_help_in_a_process_of_its_own(tmp_path):
+    command = [sys.executable, "-c", "from mitune.cli import main; main()", "--help"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0 and done.stderr == ""
+    assert all(command in done.stdout for command in COMMANDS)
 
 
 @pytest.fixture(scope="module")
