@@ -74,9 +74,9 @@ FULL = Size(
 TINY = Size(
     denoisers={
         "SD-2.1-base": SD21_BASE
-        | {"sample_size": 16, "block_out_channels": [32] * 4, "attention_head_dim": 2, "cross_attention_dim": 32},
+        | {"sample_size": 8, "block_out_channels": [32] * 4, "attention_head_dim": 2, "cross_attention_dim": 32},
         "SDXL": SDXL_BASE
-        | {"sample_size": 16, "block_out_channels": [32] * 3, "attention_head_dim": 2, "cross_attention_dim": 32}
+        | {"sample_size": 8, "block_out_channels": [32] * 3, "attention_head_dim": 2, "cross_attention_dim": 32}
         | {
             "transformer_layers_per_block": 1,
             "addition_time_embed_dim": 8,

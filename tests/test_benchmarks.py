@@ -32,6 +32,7 @@ def test_forward_runs(monkeypatch, capsys):
     monkeypatch.syspath_prepend(HERE)
     forward = importlib.import_module("forward")
     monkeypatch.setattr(forward, "REPEATS", 1)
+    monkeypatch.setattr(forward, "BATCH", 2)
     forward.main()
     assert capsys.readouterr().out.count("ms a sample") == 2
 
