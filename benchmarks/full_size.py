@@ -74,7 +74,7 @@ FULL = Size(
 TINY = Size(
     denoisers={
         "SD-2.1-base": SD21_BASE
-        | {"sample_size": 8, "block_out_channels": [32] * 4, "attention_head_dim": 2, "cross_attention_dim": 32},
+        | {"sample_size": 16, "block_out_channels": [32] * 4, "attention_head_dim": 2, "cross_attention_dim": 32},
         "SDXL": SDXL_BASE
         | {"sample_size": 8, "block_out_channels": [32] * 3, "attention_head_dim": 2, "cross_attention_dim": 32}
         | {
