@@ -43,7 +43,12 @@ def imports_of(module: str, *, only_at_start: bool = False) -> Iterator[str]:
 
 def floor_of(module: str) -> int:
     """The floor of a module of ours: that of the longest name that it begins with."""
-    named = [(len(name), floor) for floor, names in enumerate(FLOORS) for name in names if f"{module}.".startswith(f"{name}.")]
+    named = [
+        (len(name), floor)
+        for floor, names in enumerate(FLOORS)
+        for name in names
+        if f"{module}.".startswith(f"{name}.")
+    ]
     return max(named)[1]
 
 
@@ -64,7 +69,10 @@ def test_information_is_mathematics_alone():
     for module in MODULES:
         if module.startswith("information."):
             for name in imports_of(module):
-                assert name.split(".")[0] in standard or any(f"{name}.".startswith(f"{each}.") for each in allowed), (module, name)
+                assert name.split(".")[0] in standard or any(f"{name}.".startswith(f"{each}.") for each in allowed), (
+                    module,
+                    name,
+                )
 
 
 def test_only_worlds_know_shapes():

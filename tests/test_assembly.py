@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -11,9 +12,9 @@ from mitune.config.schema import PoolConfig
 from mitune.denoiser.opening.models import Model
 from mitune.denoiser.sampling import generate
 from mitune.errors import MituneError
+from mitune.evaluation.metrics.base import Judgment
 from mitune.pool.build import build_pool
 from mitune.run.seals import SEAL, faults, read_seal
-from mitune.worlds.shapes.metric import ShapesMetric
 from tests.test_pool import PROMPTS, files_of
 from tests.tiny import tiny_sd
 
@@ -143,9 +144,19 @@ def test_a_prompt_without_any_image_costs_itself_alone(model, tmp_path, monkeypa
     assert build_pool(model, PROMPTS, tmp_path / "pool", config).sets == result.sets
 
 
+class Bright:
+    """Takes all images for right but those that came out as NaN, which would be black."""
+
+    name, higher_is_better, bounds = "bright", True, (0.0, 1.0)
+
+    def __call__(self, images, _prompts):
+        assert all(np.asarray(image).any() for image in images)
+        return [Judgment(graded=1.0, exact=True)] * len(images)
+
+
 def test_judges_do_not_see_what_came_out_as_nan(model, tmp_path, monkeypatch):
     spoil(monkeypatch, PROMPTS[1])
-    table = build_pool(model, PROMPTS, tmp_path / "pool", CONFIG, metric=ShapesMetric()).table
+    table = build_pool(model, PROMPTS, tmp_path / "pool", CONFIG, metric=Bright()).table
     rows = pq.read_table(table).to_pylist()
     assert [row["exact"] is None for row in rows] == [row["prompt"] == PROMPTS[1] for row in rows]
 

@@ -13,6 +13,7 @@ from diffusers import DiffusionPipeline
 from mitune.config.schema import ModelConfig
 from mitune.denoiser.opening.models import load_model, model_folder
 from mitune.denoiser.pictures import decode, encode_images
+from mitune.errors import MituneError
 from mitune.worlds.shapes.check import check_category
 from mitune.worlds.shapes.grammar import CATEGORIES, Phrase, Prompt, PromptError, forms, parse, sample_prompt
 from mitune.worlds.shapes.judge import judge, read
@@ -119,6 +120,11 @@ def test_judge_reads_relations(relation):
     assert judge(picture, f"a red circle {relation} a blue cross").exact
     assert not judge(picture, f"a red circle {inverse[relation]} a blue cross").exact
     assert judge(picture, f"a blue cross {inverse[relation]} a red circle").exact
+
+
+def test_judge_refuses_another_size():
+    with pytest.raises(MituneError, match="reads pictures of 64 × 64 pixels, and this one has 16 × 32; leave height"):
+        judge(np.zeros((32, 16, 3), np.uint8), "a red circle")
 
 
 def test_bad_drawing_is_malformed_and_not_merely_wrong():

@@ -170,7 +170,7 @@ def _record(model: Model, prompt: str, rivals: Rivals, config: SelectConfig) -> 
 
 def score_table(record: pa.Table, tensors: Mapping[str, Tensor], where: Mapping[str, Any]) -> pa.Table:
     """A record's rows with every score and its cost, and `where` in each row; without the terms of the trajectory."""
-    trace = Trace.from_columns({name: record[name].to_pylist() for name in Trace.__dataclass_fields__})
+    trace = Trace.from_columns({name: record[name].to_pylist() for name in record.column_names})
     evidence = evidence_of(tensors, trace.dimensions)
     free = {name: score(trace) for name, score in FREE.items()}
     values = {name: (0.0, score) for name, score in free.items()}

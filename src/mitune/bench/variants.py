@@ -60,16 +60,17 @@ _SETS: Mapping[str, tuple[str, ...]] = {
 
 def online_normalized(trace: Trace) -> Tensor:
     """The log-likelihood ratio against the empty prompt over ½∫‖Δε‖²dλ, (B,), both of the trajectory: m/D for free."""
-    return SCORES["log-likelihood-ratio"](trace) / SCORES["mi-tune"](trace)
+    return SCORES["log-likelihood-ratio"].values(trace) / SCORES["mi-tune"].values(trace)
 
 
 def online_ranks(trace: Trace) -> Tensor:
     """Mean rank of self-confidence and RFMI's dot form, (B,), which err in opposite ways."""
-    return mean_rank(SCORES["self-confidence-late"](trace), SCORES["rfmi"](trace))
+    return mean_rank(SCORES["self-confidence-late"].values(trace), SCORES["rfmi"].values(trace))
 
 
 FREE: Mapping[str, Callable[[Trace], Tensor]] = MappingProxyType(
-    {**SCORES, "online-normalized": online_normalized, "online-ranks": online_ranks}
+    {name: score.values for name, score in SCORES.items()}
+    | {"online-normalized": online_normalized, "online-ranks": online_ranks}
 )
 
 

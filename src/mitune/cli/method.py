@@ -32,6 +32,7 @@ from mitune.cli.options import (
     settings_of,
     stage,
 )
+from mitune.config.ranges import ends_of
 from mitune.config.schema import GRADUAL, Config
 from mitune.errors import MituneError
 
@@ -75,7 +76,9 @@ def tune(
     candidates: Candidates = None,
     keep: Keep = None,
     select: Selection = None,
-    rounds: Annotated[int | None, Option(help="Rounds of pool and fine-tuning (R).")] = None,
+    rounds: Annotated[
+        int | None, Option(help=f"Rounds of pool and fine-tuning (R), {ends_of(Config, 'rounds')}.")
+    ] = None,
     guidance_scale: Guidance = None,
     race: Race = None,
     negatives: Negatives = None,
@@ -264,7 +267,7 @@ def generate(
     """
     from mitune.denoiser.network import execution_device
     from mitune.denoiser.opening.models import load_model
-    from mitune.denoiser.pictures import decode
+    from mitune.denoiser.pictures import check_pictures, decode
     from mitune.denoiser.sampling import Request, candidate_seed, default_batch_size, generate_all
     from mitune.information.core import SCORES
     from mitune.prompts.lists import check_prompts
@@ -274,12 +277,13 @@ def generate(
     config = settings_of(preset, config_file, assignments, options)
     loaded = load_model(config.model, adapter=adapter)
     prompts = check_prompts(prompts, loaded)
+    check_pictures(loaded)
     batch_size = default_batch_size(execution_device(loaded.pipe))
     requests = [Request(prompt=p, seed=candidate_seed(seed, p, j)) for p in prompts for j in range(images)]
-    done = 0
+    names, done = ("mi-tune", "self-confidence"), 0
     with stage("Making images") as step:
-        for chunk, batch in generate_all(loaded, requests, min(len(requests), batch_size)):
-            shown = {name: SCORES[name](batch.trace) for name in ("mi-tune", "self-confidence")}
+        for chunk, batch in generate_all(loaded, requests, min(len(requests), batch_size), scores=names):
+            shown = {name: SCORES[name](batch.trace) for name in names}
             for row, image in enumerate(decode(loaded, batch.latents)):
                 file = output / f"{(done + row) // images + 1:03d}-{(done + row) % images + 1:03d}.png"
                 write_image(file, image)

@@ -130,7 +130,7 @@ def _judge_variant(
         broken += finite.count(False)
         images = list(decode(model, batch.latents.nan_to_num()))
         judgments = judge(metric, images, [request.prompt for request in chunk])
-        information = SCORES["mi-tune"](batch.trace).tolist()
+        information = SCORES["mi-tune"].values(batch.trace).tolist()
         for request, image, judgment, ok, nats in zip(chunk, images, judgments, finite, information, strict=True):
             index, listed, j = wanted[len(rows)]
             picture = ""

@@ -23,7 +23,7 @@ from mitune.config.schema import PoolConfig
 from mitune.denoiser.network import denoiser_of, execution_device, rows_counted
 from mitune.denoiser.opening.identity import loaded_identity, settings_that_matter
 from mitune.denoiser.opening.models import Model, nothing_but_nan
-from mitune.denoiser.pictures import decode
+from mitune.denoiser.pictures import check_pictures, decode
 from mitune.denoiser.sampling import Batch, Request, candidate_seed, default_batch_size, generate_all
 from mitune.errors import MituneError
 from mitune.evaluation.metrics.base import ImageMetric, judge, merit
@@ -81,6 +81,7 @@ def build_pool(
     but NaN.
     """
     prompts = check_prompts(prompts, model)
+    check_pictures(model)
     rules = [parse_rule(text) for text in config.select]
     scores = scores_of(rules)
     negatives = own_negatives(config.negatives, scores, prompts, model)
@@ -139,11 +140,11 @@ class _BatchSize:
     def note(self, used: int) -> None:
         self.value = used
         if self.file is not None and read_again(self.file, _batch_size) != used:
-            write_json(self.file, used)
+            write_json(self.file, {"batch_size": used})
 
 
 def _batch_size(content: bytes) -> int:
-    value = json.loads(content)
+    value = json.loads(content)["batch_size"]
     if type(value) is not int or value < 1:
         raise ValueError(value)
     return value
@@ -235,7 +236,7 @@ class _Pool:
         if broken := status.count("nan"):
             log.warning("%s: %d candidates came out as NaN and are left out.", prompt, broken)
         trace = Trace.from_columns(candidates.terms)
-        free = {name: score(trace).where(finite, torch.nan) for name, score in SCORES.items()}
+        free = {name: score.values(trace).where(finite, torch.nan) for name, score in SCORES.items()}
         scores = {name: values.tolist() for name, values in free.items()}
         with rows_counted(denoiser_of(self.model.pipe)) as rows:
             scores |= self.further(index, latents, trace, finite, free)
