@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 from mitune.config import PoolConfig
 from mitune.errors import MituneError
 from mitune.generate import generate
-from mitune.metrics.judgment import shapes_metric
+from mitune.metrics.judgment import Judgment
 from mitune.models import Model
 from mitune.pool import build_pool
 from mitune.seals import SEAL, faults, read_seal
@@ -144,8 +145,12 @@ def test_a_prompt_without_any_image_costs_itself_alone(model, tmp_path, monkeypa
 
 
 def test_judges_do_not_see_what_came_out_as_nan(model, tmp_path, monkeypatch):
+    def metric(images, _prompts):
+        assert all(np.asarray(image).any() for image in images)  # NaN would be black
+        return [Judgment(graded=1.0, exact=True, malformed=False, missed=(), drawn="")] * len(images)
+
     spoil(monkeypatch, PROMPTS[1])
-    table = build_pool(model, PROMPTS, tmp_path / "pool", CONFIG, metric=shapes_metric).table
+    table = build_pool(model, PROMPTS, tmp_path / "pool", CONFIG, metric=metric).table
     rows = pq.read_table(table).to_pylist()
     assert [row["exact"] is None for row in rows] == [row["prompt"] == PROMPTS[1] for row in rows]
 

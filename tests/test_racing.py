@@ -302,7 +302,7 @@ class TestPool:
         monkeypatch.setattr("mitune.generate.generate", scarce)
         config = replace(CONFIG, batch_size=None)
         build_pool(model, PROMPTS[:1], tmp_path / "pool", config)
-        assert json.loads((tmp_path / "pool" / "batch_size.json").read_text()) == 4
+        assert json.loads((tmp_path / "pool" / "batch_size.json").read_text()) == {"batch_size": 4}
         assert "batches of 4" in caplog.text
         caplog.clear()
         (tmp_path / "pool" / "records" / "00000.json").unlink()

@@ -11,6 +11,7 @@ import pytest
 from diffusers import DiffusionPipeline
 
 from mitune.config import EMBEDDED, ModelConfig
+from mitune.errors import MituneError
 from mitune.models import load_model, model_folder
 from mitune.pictures import decode, encode_images
 from mitune.shapes.check import check_category
@@ -118,6 +119,11 @@ def test_judge_reads_relations(relation):
     assert judge(picture, f"a red circle {relation} a blue cross").exact
     assert not judge(picture, f"a red circle {inverse[relation]} a blue cross").exact
     assert judge(picture, f"a blue cross {inverse[relation]} a red circle").exact
+
+
+def test_judge_refuses_another_size():
+    with pytest.raises(MituneError, match="reads pictures of 64 × 64 pixels, and this one has 16 × 32; leave height"):
+        judge(np.zeros((32, 16, 3), np.uint8), "a red circle")
 
 
 def test_bad_drawing_is_malformed_and_not_merely_wrong():

@@ -130,11 +130,11 @@ class _BatchSize:
     def note(self, used: int) -> None:
         self.value = used
         if self.file is not None and read_again(self.file, _batch_size) != used:
-            write_json(self.file, used)
+            write_json(self.file, {"batch_size": used})
 
 
 def _batch_size(content: bytes) -> int:
-    value = json.loads(content)
+    value = json.loads(content)["batch_size"]
     if type(value) is not int or value < 1:
         raise ValueError(value)
     return value

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from mitune.errors import MituneError
 from mitune.shapes.fitting import fit
 from mitune.shapes.grammar import parse
 from mitune.shapes.scene import BACKGROUND, CELL, GRID, KINDS, SIZE, STEP, Object, Scene, parts, sprite
@@ -61,7 +62,10 @@ class Verdict:
 
 
 def judge(image: NDArray[np.uint8], prompt: str) -> Verdict:
-    """Holds a picture (64, 64, 3) against a prompt. Raises PromptError for a prompt outside the grammar."""
+    """Holds a picture (64, 64, 3) against a prompt.
+
+    Raises PromptError for a prompt outside the grammar, and MituneError for a picture of another size.
+    """
     reading = read(image)
     met = tuple(parts(reading.scene, parse(prompt)))
     share = sum(ok for _, ok in met) / len(met)
@@ -79,7 +83,12 @@ def _templates() -> tuple[Array, Array, Array]:
 
 
 def read(image: NDArray[np.uint8]) -> Reading:
-    """The best explanation of a picture (64, 64, 3) as a scene."""
+    """The best explanation of a picture (64, 64, 3) as a scene. Raises MituneError for one of another size."""
+    if image.shape != (SIZE, SIZE, 3):
+        raise MituneError(
+            f"The judge of the shapes world reads pictures of {SIZE} × {SIZE} pixels, and this one has "
+            f"{' × '.join(map(str, image.shape[1::-1]))}; leave height and width out of model.call."
+        )
     picture = image.astype(np.float32)
     objects: list[Object] = []
     residual = 0.0
