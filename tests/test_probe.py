@@ -267,6 +267,52 @@ class TestGaussianPair:
                 torch.testing.assert_close(score(other), first, rtol=2e-3, atol=2e-4, msg=name)
 
 
+class TestStrides:
+    """DDIM with linspace tells its denoiser other timesteps than its latents are at. A run by its own steps, with an
+    exact denoiser of the same pair."""
+
+    def run(self, prediction, *, steps, candidates):
+        """The trace of the whole run, and its final latents."""
+        scheduler = DDIMScheduler(**VP, prediction_type=prediction, timestep_spacing="linspace", clip_sample=False)
+        scheduler.set_timesteps(steps)
+        path = path_of(scheduler)
+        # Quantiles in place of draws, of y with those of the noise, and with their negatives.
+        quantiles = torch.special.ndtri((torch.arange(candidates) + 0.5) / candidates)
+        y = quantiles.repeat_interleave(2).reshape(-1, 1, 1, 1)
+        noise = torch.stack([quantiles, -quantiles], dim=1).reshape(-1, 1, 1, 1)
+        mean = torch.cat([torch.zeros_like(y), 0.8 * y])
+        variance = torch.cat([torch.ones_like(y), torch.full_like(y, 0.36)])
+        alpha_bar = scheduler.alphas_cumprod[scheduler.timesteps[0]]
+        z = alpha_bar.sqrt() * 0.8 * y + (1 - 0.64 * alpha_bar).sqrt() * noise
+        pipe = SimpleNamespace(unet=ExactDenoiser(path), scheduler=scheduler, guidance_scale=1.0)
+        with MIProbe(pipe) as probe:
+            for t in scheduler.timesteps:
+                both = pipe.unet(torch.cat([z, z]), t, mean=mean, variance=variance, return_dict=False)[0]
+                z = scheduler.step(both[2 * candidates :], t, z, return_dict=False)[0]
+        before, trace = probe.trace_so_far(), probe.trace(z)  # the last step makes its ẑ₀ the end
+        torch.testing.assert_close(before.error_null, trace.error_null, rtol=1e-3, atol=1e-4)
+        return trace, z
+
+    def test_networks_that_encode_the_same_denoiser_score_the_same(self):
+        """An output is what the scheduler takes it for."""
+        (trace, z), *others = (
+            self.run(prediction, steps=10, candidates=50) for prediction in ("epsilon", "v_prediction", "sample")
+        )
+        for other, latents in others:
+            torch.testing.assert_close(latents, z, rtol=1e-4, atol=1e-4)
+            for name, score in SCORES.items():
+                torch.testing.assert_close(score(other), score(trace), rtol=2e-3, atol=2e-4, msg=name)
+
+    @pytest.mark.parametrize(("steps", "within"), [(10, 0.08), (28, 0.035), (120, 0.035)])
+    def test_information(self, steps, within):
+        """½ ∫ between the first and the last λ that count. The tolerance is that of the run, whose latents drift; and
+        at 10 steps, of the trapezoid rule."""
+        trace, _ = self.run("epsilon", steps=steps, candidates=2000)
+        snr = trace.log_snr[torch.sigmoid(-trace.log_snr / 2) > 0.05].double().exp()
+        first, *_, last = (0.5 * ((1 + snr) / (1 + 0.36 * snr)).log()).tolist()
+        assert get_score("mi-tune")(trace).mean().item() == pytest.approx(last - first, rel=within)
+
+
 class Waits(TorchDispatchMode):
     """Counts the operations that would make the host wait for a device."""
 

@@ -6,8 +6,10 @@ denoiser, so there the path is VP again; only that view counts here. t runs from
 
 from __future__ import annotations
 
+import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -31,10 +33,12 @@ from torch import Tensor
 from mitune.errors import MituneError
 from mitune.information import Predicts, alpha_sigma
 
+log = logging.getLogger(__name__)
+
 _FLOW_MATCH = (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, FlowMatchLCMScheduler)
 _INVERSE = (DDIMInverseScheduler, DPMSolverMultistepInverseScheduler)  # from clean to noise
 _MIDPOINTS = (KDPM2DiscreteScheduler, KDPM2AncestralDiscreteScheduler)
-# Go from t to t − T // steps, whatever the next timestep of their list is.
+# Step from t to t − T // steps, whatever the next timestep of their list is.
 _STRIDING = (DDIMScheduler, DDIMParallelScheduler, CogVideoXDDIMScheduler, CogVideoXDPMScheduler, PNDMScheduler)
 _UNPLACED = (  # option, the value that is not known, and the one that is
     ("invert_sigmas", True, False),
@@ -65,7 +69,8 @@ class NoisePath:
     betas: Tensor | None  # (training_steps,); None for flow
     steps: Tensor  # (T,) timesteps of the sampling run that the scheduler is set to
     steps_sigma: Tensor | None  # (T,) the scheduler's own σ there (σ/α unless flow); None if it has none
-    disjointed: str | None = None  # why no λ can be named for these steps
+    strides: Tensor | None = None  # (T,) timesteps that the i-th step of a run goes down; None: to the next of `steps`
+    caution: str | None = None  # what to say of a run whose denoiser is told other timesteps than its latents are at
 
     def log_snr(self, t: Tensor) -> Tensor:
         """λ at t on the path of training; linear in t between whole timesteps, as diffusers does with log σ."""
@@ -111,18 +116,35 @@ class NoisePath:
         return finite.min().item(), finite.max().item()
 
     def at_steps(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Timestep and λ, of t's shape on the CPU, of the steps of the sampling run at which the denoiser is told t.
+        """Timestep and λ of the latents, of t's shape on the CPU, where the denoiser is told t: at steps of the
+        sampling run in succession, from the one on at which it was entered.
 
         What a trajectory needs: some schedulers tell the denoiser a rounded t, and some pipelines round it again, but
-        the latents lie at the scheduler's own σ. Raises MituneError for a run whose latents lie at no λ of the path.
+        the latents lie at the scheduler's own σ, or where its stride has put them. Warns once if that is not at t.
+        Raises MituneError for steps that are none of the path.
         """
-        if self.disjointed is not None:
-            raise MituneError(self.disjointed)
-        index = self.places(t.reshape(-1)).reshape(t.shape)
+        if self.steps_sigma is None and (self.steps < 0).any():  # what its table has at −1 is pure noise
+            raise MituneError(
+                f"The scheduler has a timestep below 0 among its {len(self.steps)}, as diffusers rounds the spacing "
+                "'trailing' for this number of steps; take another number."
+            )
+        index = self.places(t.reshape(-1))
+        told = self.steps[index]
+        if self.caution is not None:
+            _warn_once(self.caution)
+        log_snr = self._taken(index) if self.strides is None else self.log_snr(_made_for(told, self.strides))
+        return told.reshape(t.shape), log_snr.reshape(t.shape)
+
+    def taken_at(self, t: Tensor) -> Tensor:
+        """The λ, as in `at_steps`, that the scheduler takes latents and output for: that of the latents, too, unless it
+        has strides of its own. It says what an output means."""
+        return self._taken(self.places(t.reshape(-1))).reshape(t.shape)
+
+    def _taken(self, index: Tensor) -> Tensor:
         if self.steps_sigma is None:
-            return self.steps[index], self.log_snr(self.steps[index])
+            return self.log_snr(self.steps[index])
         sigma = self.steps_sigma[index]
-        return self.steps[index], _flow_log_snr(sigma) if self.is_flow else -2 * sigma.log()
+        return _flow_log_snr(sigma) if self.is_flow else -2 * sigma.log()
 
     def places(self, t: Tensor) -> Tensor:
         """Which steps of the run these are, (N,) on the CPU: those in succession that fit t (N,) best, as rounded
@@ -177,7 +199,7 @@ def path_of(scheduler: Any) -> NoisePath:
         steps = torch.arange(training_steps - 1, -1, -1).float()
     else:
         steps = scheduler.timesteps.detach().float().cpu()
-    return NoisePath(
+    path = NoisePath(
         predicts=_PREDICTS[prediction],
         is_flow=is_flow,
         training_steps=training_steps,
@@ -185,8 +207,9 @@ def path_of(scheduler: Any) -> NoisePath:
         betas=None if is_flow else scheduler.betas.detach().float().cpu(),
         steps=steps,
         steps_sigma=_steps_sigma(scheduler, len(steps)),
-        disjointed=_disjointed(scheduler, steps),
+        strides=_strides(scheduler, len(steps)),
     )
+    return replace(path, caution=_caution(scheduler, path))
 
 
 def _steps_sigma(scheduler: Any, steps: int) -> Tensor | None:
@@ -202,29 +225,53 @@ def _steps_sigma(scheduler: Any, steps: int) -> Tensor | None:
     return sigma
 
 
-def _disjointed(scheduler: Any, steps: Tensor) -> str | None:
-    """A sentence for a run in which the scheduler takes its latents for those of another timestep than it made them
-    for: then they are α z₀ + σ ε at no λ of the path, and drift off it from step to step."""
+def _strides(scheduler: Any, steps: int) -> Tensor | None:
+    """How far each step of a run goes down, (steps,), for schedulers that do not go to the next of their timesteps."""
     count = getattr(scheduler, "num_inference_steps", None)
     if not isinstance(scheduler, _STRIDING) or count is None:
         return None
-    total, spacing = int(scheduler.config.num_train_timesteps), scheduler.config.timestep_spacing
-    stride = total // count
-    gaps = set(torch.tensor(sorted(set(steps.tolist()))).diff().tolist())
-    halved = isinstance(scheduler, PNDMScheduler) and not scheduler.config.skip_prk_steps  # steps half-way between
-    if gaps <= {stride} or (halved and stride % 2 == 0 and gaps <= {stride, stride // 2}):
+    strides = torch.full((steps,), scheduler.config.num_train_timesteps // count)
+    if isinstance(scheduler, PNDMScheduler):
+        # Runge-Kutta steps go half-way, and there again; without them, the second step is the first one again.
+        runge_kutta = len(scheduler.prk_timesteps)
+        strides[:runge_kutta:2] //= 2
+        strides[1 : max(runge_kutta, 2) : 2] = 0
+    return strides
+
+
+def _made_for(told: Tensor, strides: Tensor) -> Tensor:
+    """The timesteps that the latents of a run's first steps were made for, (N,), by the step before."""
+    return torch.cat([told[:1], told[:-1] - strides[: len(told) - 1]])
+
+
+def _caution(scheduler: Any, path: NoisePath) -> str | None:
+    """A sentence for a run in which the scheduler takes its latents for those of another timestep than it made them
+    for, and tells the denoiser so."""
+    if path.strides is None:
         return None
-    if halved:
-        remedy = "scheduler's skip_prk_steps to true and its timestep_spacing to 'leading'"
-    else:
-        remedy = "scheduler's timestep_spacing to 'leading'"
-        if spacing == "trailing":
-            divisors = (n for n in range(2, total + 1) if total % n == 0)
-            remedy = f"number of steps to {min(divisors, key=lambda n: abs(n - count))}, or the {remedy}"
+    made_for = _made_for(path.steps, path.strides)
+    apart = made_for != path.steps
+    if not apart.any():
+        return None
+    distance = (path.log_snr(made_for[apart]) - path.log_snr(path.steps[apart])).abs().max()
+    total, count = int(scheduler.config.num_train_timesteps), int(scheduler.num_inference_steps)
+    spacing = scheduler.config.timestep_spacing
+    remedy = "the scheduler's timestep_spacing 'leading'"
+    if isinstance(scheduler, PNDMScheduler) and not scheduler.config.skip_prk_steps:
+        remedy += " with skip_prk_steps"
+    elif spacing == "trailing":
+        divisors = (n for n in range(2, total + 1) if total % n == 0)
+        remedy = f"{min(divisors, key=lambda n: abs(n - count))} steps, or {remedy},"
     return (
-        f"{type(scheduler).__name__} with {count} steps and timestep_spacing={spacing!r} makes latents for other "
-        f"timesteps than it tells the denoiser, so that they lie at no noise level of its path; set the {remedy}."
+        f"{type(scheduler).__name__} with {count} steps and timestep_spacing={spacing!r} tells the denoiser other "
+        f"timesteps than its latents are at; scores allow for that (up to {distance:.2g} in log-SNR), but {remedy} "
+        "would avoid it."
     )
+
+
+@cache
+def _warn_once(sentence: str) -> None:
+    log.warning(sentence)
 
 
 def _vp_log_snr(alphas_cumprod: Tensor) -> Tensor:

@@ -234,8 +234,8 @@ class MIProbe:
         For scores that are read while the pipeline runs.
         """
         path, steps = self._path_and_steps()
-        _, log_snr = _levels(steps, path, self._family)
-        return _trace(steps, _predicted_latents(steps[-1], log_snr[-1], path), path, self._family)
+        _, _, taken = _levels(steps, path, self._family)
+        return _trace(steps, _predicted_latents(steps[-1], taken[-1], path), path, self._family)
 
     def planned(self) -> Trace:
         """All steps that the scheduler is set to, with the terms of no candidate: what `Score.check` asks for."""
@@ -449,8 +449,9 @@ class MIProbe:
         )
 
 
-def _levels(steps: Sequence[_Step], path: NoisePath, family: Family) -> tuple[Tensor, Tensor]:
-    """The scheduler's timesteps and λ of these steps, (T,) each."""
+def _levels(steps: Sequence[_Step], path: NoisePath, family: Family) -> tuple[Tensor, Tensor, Tensor]:
+    """The scheduler's timesteps of these steps, λ of the latents, and λ that they and the outputs are taken for, (T,)
+    each."""
     told = torch.stack([step.timestep.flatten()[0] for step in steps]).float().cpu()
     told = (told - family.timestep_offset) / family.timestep_factor
     timestep, log_snr = path.at_steps(told)
@@ -461,19 +462,20 @@ def _levels(steps: Sequence[_Step], path: NoisePath, family: Family) -> tuple[Te
             f"The denoiser was told the time {told[0]:g} at the first step, which is none of its scheduler's; mitune "
             "does not know this kind of model. Please report it."
         )
-    return timestep, log_snr
+    return timestep, log_snr, path.taken_at(told)
 
 
-def _predicted_latents(step: _Step, log_snr: Tensor, path: NoisePath) -> Tensor:
+def _predicted_latents(step: _Step, taken: Tensor, path: NoisePath) -> Tensor:
     """ẑ₀ of the output with the prompt, (B, ...), float32."""
-    alpha, sigma = (x.to(step.noisy.device) for x in alpha_sigma(log_snr, is_flow=path.is_flow))
+    alpha, sigma = _alpha_sigma(step, taken, path)
     noisy, output = step.noisy.float(), step.conditional.float()
     return epsilon_and_sample(output, noisy, alpha, sigma, path.predicts, is_flow=path.is_flow)[1]
 
 
 def _trace(steps: Sequence[_Step], latents: Tensor | None, path: NoisePath, family: Family) -> Trace:
-    timestep, log_snr = _levels(steps, path, family)
-    terms = [_terms(step, latents, level, path) for step, level in zip(steps, log_snr, strict=True)]
+    timestep, log_snr, taken = _levels(steps, path, family)
+    levels = zip(steps, log_snr, taken, strict=True)
+    terms = [_terms(step, latents, level, reading, path) for step, level, reading in levels]
     rows = torch.stack(terms, dim=-1).cpu()
     return _trace_of(rows, timestep, log_snr, path, dimensions=steps[0].noisy[0].numel())
 
@@ -495,9 +497,17 @@ def _trace_of(terms: Tensor, timestep: Tensor, log_snr: Tensor, path: NoisePath,
     )
 
 
-def _terms(step: _Step, latents: Tensor | None, log_snr: Tensor, path: NoisePath) -> Tensor:
-    """The `_TERMS` of a step, (6, B), float32: ‖Δε‖², ‖Δv‖², two RFMI products, two denoising errors."""
-    alpha, sigma = (x.to(step.noisy.device) for x in alpha_sigma(log_snr, is_flow=path.is_flow))
+def _alpha_sigma(step: _Step, log_snr: Tensor, path: NoisePath) -> tuple[Tensor, Tensor]:
+    alpha, sigma = alpha_sigma(log_snr, is_flow=path.is_flow)
+    return alpha.to(step.noisy.device), sigma.to(step.noisy.device)
+
+
+def _terms(step: _Step, latents: Tensor | None, log_snr: Tensor, taken: Tensor, path: NoisePath) -> Tensor:
+    """The `_TERMS` of a step, (6, B), float32: ‖Δε‖², ‖Δv‖², two RFMI products, two denoising errors.
+
+    Outputs are read at the λ that the scheduler takes them for; the trajectory's noise, at that of the latents.
+    """
+    alpha, sigma = _alpha_sigma(step, taken, path)
     noisy, conditional, null = step.noisy.float(), step.conditional.float(), step.null.float()
     differences = [
         of(conditional - null, alpha, sigma, path.predicts) for of in (epsilon_difference, velocity_difference)
@@ -515,6 +525,6 @@ def _terms(step: _Step, latents: Tensor | None, log_snr: Tensor, path: NoisePath
     if latents is None:
         terms += [torch.full_like(noisy, math.nan)] * 2
     else:
-        noise = true_noise(noisy, latents.float().to(noisy.device), alpha, sigma)
+        noise = true_noise(noisy, latents.float().to(noisy.device), *_alpha_sigma(step, log_snr, path))
         terms += [(epsilon - noise) ** 2, (epsilon_null - noise) ** 2]
     return torch.stack([term.flatten(1).sum(dim=1) for term in terms])
