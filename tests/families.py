@@ -91,9 +91,9 @@ def language_model(name: str, **options: Any) -> Any:
     return getattr(transformers, f"{name}Model")(config).eval()
 
 
-def clip(kind: str = "CLIPTextModel") -> tuple[Any, Any]:
+def clip(kind: str = "CLIPTextModel", positions: int = TOKENS) -> tuple[Any, Any]:
     words = tiny_tokenizer()
-    return getattr(transformers, kind)(_text_config(words)).eval(), words
+    return getattr(transformers, kind)(_text_config(words, positions)).eval(), words
 
 
 def vae(levels: int = 2, shift: float | None = None) -> AutoencoderKL:
@@ -368,6 +368,49 @@ def z_image() -> Any:
     return build("ZImagePipeline", transformer, scheduler=flow(), **parts)
 
 
+def hidream() -> Any:
+    """Its pictures are 128 pixels high and wide, whatever it is asked for, so their patches are large."""
+    transformer = diffusers.HiDreamImageTransformer2DModel(
+        patch_size=16,
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        num_single_layers=1,
+        caption_channels=[HIDDEN, HIDDEN],
+        text_emb_dim=16,
+        num_routed_experts=2,
+        num_activated_experts=1,
+        axes_dims_rope=(4, 2, 2),
+        max_resolution=(128, 128),
+        llama_layers=[0, 1],
+        **HEADS,
+    )
+    config = transformers.LlamaConfig(
+        vocab_size=16,
+        hidden_size=HIDDEN,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        pad_token_id=0,
+        attn_implementation="eager",  # the pipeline asks for attentions
+    )
+    (first, words), (second, _) = (clip("CLIPTextModelWithProjection", 128) for _ in range(2))
+    return build(
+        "HiDreamImagePipeline",
+        transformer,
+        scheduler=flow(),
+        vae=vae(1, shift=0.1),
+        text_encoder=first,
+        tokenizer=words,
+        text_encoder_2=second,
+        tokenizer_2=words,
+        text_encoder_3=t5(),
+        tokenizer_3=tokenizer(),
+        text_encoder_4=transformers.LlamaForCausalLM(config).eval(),
+        tokenizer_4=tokenizer(),
+    )
+
+
 def wan() -> Any:
     transformer = diffusers.WanTransformer3DModel(
         patch_size=(1, 2, 2),
@@ -535,6 +578,7 @@ CASES: dict[str, Case] = {
     "Flux (true CFG)": Case(
         make=seeded(flux), call=PICTURE | SHORT, guidance="true_cfg_scale", separate=True, told=lambda t: t / 1000
     ),
+    "HiDream": Case(make=seeded(hidream), call={"height": 128, "width": 128} | TEXT, sign=-1, candidates=2),
     "Wan 2.1 (video)": Case(
         make=seeded(wan), call={"height": 32, "width": 32, "num_frames": 5} | TEXT, separate=True, makes="films"
     ),

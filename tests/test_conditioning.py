@@ -49,6 +49,17 @@ def test_there_and_back():
     assert same(unflatten(one), expected)
 
 
+def test_rows_in_the_second_dimension():
+    """As many layers as rows, too; without the name, they are refused where they can be seen."""
+    states = torch.randn(4, 4, 3, 2)
+    flat = flatten({"states": states, "text": torch.randn(4, 2)}, 4, torch.tensor([3, 1]), layered=("states",))
+    assert same(flat["states^"], states.transpose(0, 1)[[3, 1]])
+    assert same(unflatten(flat)["states"], states[:, [3, 1]])
+    assert same(unflatten(stack([{"states^": row} for row in flat["states^"]]))["states"], states[:, [3, 1]])
+    with pytest.raises(ModelError, match="takes states with the candidates in its second dimension"):
+        flatten({"states": states[:3]}, 4, torch.tensor([3, 1]))
+
+
 def test_a_list_with_one_text_a_row():
     texts = [torch.randn(length, 2) for length in (3, 1, 2, 4)]
     flat = flatten({"cap_feats": texts}, 4, torch.tensor([1, 3]), listed=True)

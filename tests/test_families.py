@@ -4,6 +4,7 @@
 """
 
 import functools
+import inspect
 import json
 
 import numpy as np
@@ -67,7 +68,10 @@ class Witness:
 
     def note(self, _module, args, kwargs, output):
         z = args[0] if args else next(kwargs[name] for name in ("hidden_states", "sample") if name in kwargs)
-        t = next((kwargs[name] for name in ("timestep", "t") if name in kwargs), args[1] if len(args) > 1 else None)
+        t = next(
+            (kwargs[name] for name in ("timestep", "timesteps", "t") if name in kwargs),
+            args[1] if len(args) > 1 else None,
+        )
         z, out = ((torch.stack(x).squeeze(2) if isinstance(x, list) else x) for x in (z, output[0]))
         self.calls.append((z.double(), torch.as_tensor(t).double().flatten()[0].item(), out.double()))
 
@@ -162,8 +166,11 @@ def test_scoring_afterwards(case):
 def row_by_row(denoiser):
     """Makes the network compute each row alone: sums over a batch of another size end in other bits."""
     forward = denoiser.forward
+    signature = inspect.signature(forward)
 
-    def picked(value, row, rows):
+    def picked(value, row, rows, name=""):
+        if name == "encoder_hidden_states_llama3":  # of all layers
+            return value[:, row : row + 1]
         if isinstance(value, dict):
             return {name: picked(item, row, rows) for name, item in value.items()}
         if isinstance(value, (torch.Tensor, list)) and not (torch.is_tensor(value) and value.ndim == 0):
@@ -172,11 +179,12 @@ def row_by_row(denoiser):
 
     @functools.wraps(forward)
     def each(*args, **kwargs):
-        rows = len(args[0] if args else kwargs["hidden_states"])
+        given = signature.bind(*args, **kwargs).arguments
+        rows = len(next(iter(given.values())))
         outputs = []
         for row in range(rows):
-            told = {k: v if k in ("img_ids", "txt_ids") else picked(v, row, rows) for k, v in kwargs.items()}
-            outputs.append(forward(*(picked(value, row, rows) for value in args), **told)[0])
+            told = {k: v if k in ("img_ids", "txt_ids") else picked(v, row, rows, k) for k, v in given.items()}
+            outputs.append(forward(**told)[0])
         return (
             [item for output in outputs for item in output] if isinstance(outputs[0], list) else torch.cat(outputs),
         )

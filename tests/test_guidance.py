@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import diffusers
 import pytest
 import torch
+import transformers
 from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler
 from PIL import Image
 
@@ -16,13 +17,33 @@ from mitune.adapter import add_adapter
 from mitune.config import FinetuneConfig
 from mitune.denoiser import Family, family_of
 from mitune.errors import GuidanceError, ModelError
-from mitune.generate import condition
+from mitune.generate import Request, condition, generate
 from mitune.guidance import steps_watched, sums
 from mitune.information import get_score
 from mitune.models import Model
 from mitune.probe import MIProbe
 from mitune.scoring import score
-from tests.families import CASES, FREE, HIDDEN, PICTURE, PROMPTS, TEXT, VP, flow, flux, ltx, sana, seeded, t5, tokenizer
+from tests.families import (
+    CASES,
+    FREE,
+    HEADS,
+    HIDDEN,
+    PICTURE,
+    PROMPTS,
+    SMALL,
+    TEXT,
+    VP,
+    dynamic,
+    flow,
+    flux,
+    ltx,
+    qwen_image,
+    sana,
+    seeded,
+    t5,
+    tokenizer,
+    vae,
+)
 from tests.tiny import tiny_sd
 
 STEPS, SCALE = 4, 3.0
@@ -172,8 +193,7 @@ def prx():
     transformer = diffusers.PRXTransformer2DModel(
         in_channels=4, patch_size=2, context_in_dim=HIDDEN, hidden_size=16, num_heads=2, depth=1, axes_dim=[4, 4]
     )
-    vae = CASES["PixArt-alpha"].make().vae
-    pipe = diffusers.PRXPipeline(transformer, flow(), t5(), tokenizer(), vae, default_sample_size=16)
+    pipe = diffusers.PRXPipeline(transformer, flow(), t5(), tokenizer(), vae(), default_sample_size=16)
     pipe.text_preprocessor = SimpleNamespace(clean_text=str.lower)  # its own needs a package
     return pipe
 
@@ -244,7 +264,74 @@ def ltx_with_a_picture():
     return diffusers.LTXImageToVideoPipeline(**ltx().components)
 
 
+def qwen_image_edit():
+    """Given embeddings, as its processor of pictures and texts needs a package."""
+    parts = qwen_image().components
+    parts["vae"] = diffusers.AutoencoderKLQwenImage(
+        base_dim=4,
+        z_dim=4,
+        dim_mult=[1] * 6,  # it makes every picture one of 1024 × 1024
+        num_res_blocks=1,
+        temperal_downsample=[False] * 5,
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    ).eval()
+    return diffusers.QwenImageEditPipeline(**parts, processor=None)
+
+
+def edit_call():
+    generator = torch.Generator().manual_seed(0)
+    names = ("prompt_embeds", "negative_prompt_embeds")
+    embeddings = {name: torch.randn(1, 5, HIDDEN, generator=generator) for name in names}
+    masks = {f"{name}_mask": torch.ones(1, 5, dtype=torch.long) for name in names}
+    return {"image": picture(), "height": 128, "width": 128, "true_cfg_scale": SCALE} | embeddings | masks
+
+
+def dreamlite():
+    text = {
+        "vocab_size": 16,
+        "hidden_size": HIDDEN,
+        "intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "rope_scaling": {"rope_type": "default", "mrope_section": [1, 1, 2], "mrope_interleaved": True},
+    }
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": HIDDEN}
+    config = transformers.Qwen3VLConfig(text_config=text, vision_config=vision | {"deepstack_visual_indexes": []})
+    unet = diffusers.DreamLiteUNetModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        down_block_types=("DreamLiteCrossAttnNoSelfAttnDownBlock2D", "DreamLiteCrossAttnDownBlock2D"),
+        up_block_types=("DreamLiteCrossAttnUpBlock2D", "DreamLiteCrossAttnNoSelfAttnUpBlock2D"),
+        cross_attention_dim=HIDDEN,
+        attention_head_dim=(2, 2),
+    )
+    autoencoder = diffusers.AutoencoderTiny(
+        encoder_block_out_channels=(4, 4),
+        decoder_block_out_channels=(4, 4),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+    )
+    text_encoder = transformers.Qwen3VLForConditionalGeneration(config).eval()
+    return diffusers.DreamLitePipeline(text_encoder, tokenizer(), None, autoencoder, unet, dynamic())
+
+
+def dit():
+    """Its prompts are classes; the halves are the other way round, and its scheduler steps both."""
+    transformer = diffusers.DiTTransformer2DModel(
+        sample_size=8, out_channels=8, num_layers=1, norm_num_groups=1, **SMALL, **HEADS
+    )
+    return diffusers.DiTPipeline(transformer, vae(), DDIMScheduler(**VP, clip_sample=False))
+
+
 WIDER = {
+    "Qwen-Image-Edit": (qwen_image_edit, edit_call(), "where its scheduler takes latents"),
+    "DreamLite": (dreamlite, PICTURE | {"prompt": PROMPTS[0]}, r"takes \(1, 4, 8, 16\) where its scheduler takes"),
+    "DiT": (dit, {"class_labels": [1, 2], "output_type": "np"}, r"takes \(2, 4, 8, 8\) where its .* \(4, 4, 8, 8\)"),
     "FLUX Kontext": (
         kontext,
         PICTURE
@@ -264,9 +351,40 @@ WIDER = {
 @pytest.mark.parametrize(("make", "call", "what"), WIDER.values(), ids=WIDER.keys())
 def test_inputs_that_are_more_than_latents(make, call, what):
     pipe = seeded(make)()
-    prompts = PROMPTS if "true_cfg_scale" in call else PROMPTS[:1]
+    if not {"prompt", "prompt_embeds", "class_labels"} & set(call):
+        call = {"prompt": PROMPTS if "true_cfg_scale" in call else PROMPTS[:1]} | call
+    guided = {} if "true_cfg_scale" in call else {"guidance_scale": SCALE}
     with pytest.raises(ModelError, match=what), MIProbe(pipe):
-        sample(pipe, prompts, **call)
+        pipe(**{"num_inference_steps": STEPS, "output_type": "latent"} | guided | call)
+
+
+def test_layers_of_a_text_encoder_are_not_taken_for_candidates():
+    """HiDream, whose network is told of as many layers as one candidate has rows: scored, made and filled up alone as
+    among others."""
+    case = CASES["HiDream"]
+    pipe = case.make()
+    model = Model(pipe, case.call | {"guidance_scale": SCALE, "num_inference_steps": 2}, "tiny")
+    requests = [Request(prompt=prompt, seed=seed) for seed, prompt in enumerate(PROMPTS)]
+    together, filled = generate(model, requests, 2), generate(model, [*requests, requests[1]], 2)
+    one_by_one = [generate(model, [request], 1) for request in requests]
+    torch.testing.assert_close(torch.cat([batch.latents for batch in one_by_one]), together.latents)
+    torch.testing.assert_close(filled.latents[:2], together.latents)
+    torch.testing.assert_close(filled.latents[2], together.latents[1])
+    for name, told in together.conditioning.items():
+        torch.testing.assert_close(torch.cat([batch.conditioning[name] for batch in one_by_one]), told)
+    scores = [score(pipe, together.latents, PROMPTS, draws=4, batch_size=size, call=case.call).draws for size in (1, 2)]
+    torch.testing.assert_close(*scores, rtol=1e-4, atol=1e-4)
+
+
+def test_candidates_in_an_unknown_dimension_are_refused(monkeypatch):
+    """Without its row, before anything is made of it."""
+    case = CASES["HiDream"]
+    row = replace(family_of(case.make().transformer), layered=())
+    monkeypatch.setattr(mitune.denoiser, "_FAMILIES", {"HiDreamImageTransformer2DModel": row})
+    model = Model(case.make(), case.call | {"guidance_scale": SCALE, "num_inference_steps": 2}, "tiny")
+    requests = [Request(prompt=prompt, seed=seed) for seed, prompt in enumerate([*PROMPTS, PROMPTS[0]])]
+    with pytest.raises(ModelError, match="takes encoder_hidden_states_llama3 with the candidates in its second dim"):
+        generate(model, requests, 2)
 
 
 def test_the_scale_of_an_adapter_counts():

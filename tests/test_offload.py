@@ -9,6 +9,7 @@ import torch
 from accelerate import cpu_offload
 from torch import nn
 
+from mitune.batches import called_through, constant_batches, texts_encoded_once
 from mitune.config import PoolConfig
 from mitune.contrast import gather
 from mitune.denoiser import execution_device
@@ -85,6 +86,28 @@ def test_the_same_pool(offload, tmp_path):
     assert offloaded == plain
     sets = [TrainingSet.read(result.sets["contrast"]) for result in results]
     assert torch.equal(sets[0].latents, sets[1].latents)
+
+
+@pytest.mark.parametrize("offload", OFFLOADS)
+def test_wrappers_are_gone_and_the_hooks_are_the_latest(offload):
+    """At the end of a call, accelerate hooks every part anew; what stood there before must not come back."""
+    pipe = opened("SD 1.x, 2.x base (epsilon)", offload).pipe
+    parts = {"denoiser": pipe.unet, "text encoder": pipe.text_encoder}
+    before = {name: part.__dict__.get("forward") for name, part in parts.items()}
+    rows = []
+
+    def noted(forward, *args, **kwargs):
+        rows.append(len(args[0]))
+        return forward(*args, **kwargs)
+
+    with called_through(pipe.unet, noted), texts_encoded_once(pipe), constant_batches(pipe, 1):
+        pipe(PROMPTS, num_inference_steps=2, output_type="latent")
+        left = {name: part.__dict__.get("forward") for name, part in parts.items()}
+    assert rows == [2] * 4  # two steps of two candidates, one at a time
+    expected = left if offload == "model" else before
+    assert {name: part.__dict__.get("forward") for name, part in parts.items()} == expected
+    assert pipe(PROMPTS, num_inference_steps=2, output_type="latent")[0].isfinite().all()
+    assert rows == [2] * 4
 
 
 def test_half_precision_that_is_lifted():

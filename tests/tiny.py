@@ -130,14 +130,14 @@ def wake(denoiser: nn.Module) -> nn.Module:
     return denoiser.eval()
 
 
-def _text_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
+def _text_config(tokenizer: CLIPTokenizer, positions: int = TOKENS) -> CLIPTextConfig:
     return CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=16,
         intermediate_size=16,
         num_hidden_layers=2,
         num_attention_heads=2,
-        max_position_embeddings=TOKENS,
+        max_position_embeddings=positions,
         projection_dim=8,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

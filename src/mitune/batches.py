@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mitune.denoiser import denoiser_of, family_of
+from mitune.conditioning import refuse_second_dimension
+from mitune.denoiser import Family, denoiser_of, family_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,12 +28,21 @@ class Rows:
     picked: Tensor
     rows: int
 
-    def of(self, value: Any) -> Any:
+    def of_arguments(self, arguments: Mapping[str, Any], family: Family) -> dict[str, Any]:
+        """The picked rows in whatever arguments of the denoiser have them. Raises ModelError where that is unknown."""
+        picked: dict[str, Any] = {}
+        for name, value in arguments.items():
+            if name not in family.shared + family.layered:
+                refuse_second_dimension(name, value, self.rows)
+            picked[name] = value if name in family.shared else self.of(value, 1 if name in family.layered else 0)
+        return picked
+
+    def of(self, value: Any, dimension: int = 0) -> Any:
         """The picked rows of a tensor or of a list with one item a row, also inside a mapping; all else as it is."""
         if isinstance(value, Mapping):
             return {key: self.of(item) for key, item in value.items()}
-        if isinstance(value, Tensor) and value.ndim and len(value) == self.rows:
-            return value[self.picked.to(value.device)]
+        if isinstance(value, Tensor) and value.ndim > dimension and value.shape[dimension] == self.rows:
+            return value.index_select(dimension, self.picked.to(value.device))
         if isinstance(value, list) and len(value) == self.rows:
             return [value[row] for row in self.picked.tolist()]
         return value
@@ -81,8 +91,7 @@ def constant_batches(pipe: Any, size: int) -> Iterator[None]:
             own = torch.arange(start, min(start + size, candidates))
             filled = own[torch.arange(size) % len(own)]
             part = Rows(torch.cat([filled + i * candidates for i in range(passes)]), rows)
-            given = {k: v if k in family.shared else part.of(v) for k, v in bound.arguments.items()}
-            call = inspect.BoundArguments(signature, given)
+            call = inspect.BoundArguments(signature, part.of_arguments(bound.arguments, family))
             output = forward(*call.args, **call.kwargs)
             for i, whole in enumerate(made):
                 whole.append(prediction(output)[i * size : i * size + len(own)])
@@ -146,14 +155,19 @@ def joined(parts: list[Any]) -> Any:
 
 @contextmanager
 def called_through(module: nn.Module, wrapper: Callable[..., Any], method: str = "forward") -> Iterator[None]:
-    """Has `wrapper` called with the module's method, and its arguments, instead of the method itself."""
+    """Has `wrapper` called with the module's method, and its arguments, instead of the method itself.
+
+    For one call of the pipeline: where its parts are offloaded, accelerate puts a method of its own there at the end.
+    """
     original = getattr(module, method)
     own = module.__dict__.get(method)  # where accelerate has put one that moves the module to the GPU
-    setattr(module, method, functools.wraps(original)(functools.partial(wrapper, original)))
+    wrapped = functools.wraps(original)(functools.partial(wrapper, original))
+    setattr(module, method, wrapped)
     try:
         yield
     finally:
-        if own is None:
-            delattr(module, method)
-        else:
-            setattr(module, method, own)
+        if module.__dict__.get(method) is wrapped:  # else accelerate's new one stays
+            if own is None:
+                delattr(module, method)
+            else:
+                setattr(module, method, own)

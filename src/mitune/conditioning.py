@@ -7,6 +7,7 @@ The name of a tensor says how it is handed on:
     img_ids=                       the same for all rows: the first row
     image_rotary_emb.0=            an item of a tuple of such
     cap_feats[]                    a list with one tensor a row
+    text_states^                   (B, layers, ...) the batch is the second dimension of the argument
     cap_feats[]#                   (B,) the length of each row, where they differ; −1 where the argument is None
     =                              JSON of the arguments that are no tensors, also those in mappings, as bytes
 """
@@ -23,20 +24,33 @@ from torch.nn.utils.rnn import pad_sequence
 
 from mitune.errors import MituneError, ModelError
 
-SHARED, LISTED, LENGTHS = "=", "[]", "#"
+SHARED, LISTED, LAYERED, LENGTHS = "=", "[]", "^", "#"
 _PLAIN = SHARED  # the nameless shared tensor
 _PADDING = 0.0
 
 
 def flatten(
-    arguments: Mapping[str, Any], rows: int, picked: Tensor, *, shared: Collection[str] = (), listed: bool = False
+    arguments: Mapping[str, Any],
+    rows: int,
+    picked: Tensor,
+    *,
+    shared: Collection[str] = (),
+    layered: Collection[str] = (),
+    listed: bool = False,
 ) -> dict[str, Tensor]:
     """The arguments of a call of the denoiser with `rows` rows, those in `picked` alone.
 
-    shared: names of arguments that are the same for all rows, whatever their length. listed: whether lists have one
-    tensor a row. Raises ModelError for a tensor with rows inside a list, such as the residuals of a ControlNet.
+    shared: names of arguments that are the same for all rows, whatever their length. layered: of those that have the
+    rows in their second dimension. listed: whether lists have one tensor a row. Raises ModelError for any other tensor
+    with rows in its second dimension or inside a list, such as the residuals of a ControlNet.
     """
-    flat = _tensors(arguments, "", rows, picked, shared, listed)
+    flat = {
+        name + LAYERED: arguments[name].detach().transpose(0, 1)[picked.to(arguments[name].device)]
+        for name in layered
+        if name in arguments
+    }
+    rest = {name: value for name, value in arguments.items() if name not in layered}
+    flat |= _tensors(rest, "", rows, picked, shared, listed)
     if plain := _plain({name: value for name, value in arguments.items() if name != "return_dict"}):
         encoded = torch.frombuffer(bytearray(json.dumps(plain).encode()), dtype=torch.uint8)
         flat[_PLAIN] = encoded.expand(len(picked), -1)
@@ -53,12 +67,9 @@ def _tensors(
             value = value.detach()
             if key not in shared and _has_rows(value, rows):
                 flat[name] = value[picked.to(value.device)]
-            elif key not in shared and value.ndim > 2 and value.shape[1] == rows:
-                raise ModelError(
-                    f"The denoiser takes {name} with the candidates in its second dimension, which cannot be kept one "
-                    "by one; score on-line alone."
-                )
             else:
+                if key not in shared:
+                    refuse_second_dimension(name, value, rows)
                 flat[name + SHARED] = value.expand(len(picked), *value.shape)
         elif isinstance(value, Mapping):
             flat |= _tensors(value, f"{name}.", rows, picked, shared, listed)
@@ -74,6 +85,15 @@ def _tensors(
             items = {str(place): item for place, item in enumerate(value)}
             flat |= _tensors(items, f"{name}.", rows, picked, list(items), listed)
     return flat
+
+
+def refuse_second_dimension(name: str, value: Any, rows: int) -> None:
+    """Raises ModelError for a tensor that seems to have its rows in the second dimension."""
+    if isinstance(value, Tensor) and not _has_rows(value, rows) and value.ndim > 2 and value.shape[1] == rows:
+        raise ModelError(
+            f"The denoiser takes {name} with the candidates in its second dimension, which mitune does not know how "
+            "to take apart; see docs/support.md for the models that it knows."
+        )
 
 
 def _has_rows(value: Any, rows: int) -> bool:
@@ -112,7 +132,7 @@ def unflatten(conditioning: Mapping[str, Tensor]) -> dict[str, Any]:
             continue
         if name.endswith(LENGTHS):
             continue
-        *parents, last = name.removesuffix(SHARED).removesuffix(LISTED).split(".")
+        *parents, last = name.removesuffix(SHARED).removesuffix(LISTED).removesuffix(LAYERED).split(".")
         inner = nested
         for parent in parents:
             inner = inner.setdefault(parent, {})
@@ -120,6 +140,8 @@ def unflatten(conditioning: Mapping[str, Tensor]) -> dict[str, Any]:
             lengths = conditioning.get(name + LENGTHS)
             sizes = [value.shape[1]] * len(value) if lengths is None else lengths.tolist()
             inner[last] = [row[:size] for row, size in zip(value, sizes, strict=True)]
+        elif name.endswith(LAYERED):
+            inner[last] = value.transpose(0, 1)
         else:
             inner[last] = value[0] if name.endswith(SHARED) else value
     return {name: _as_tuple(value) for name, value in nested.items()}

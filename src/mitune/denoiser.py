@@ -29,6 +29,9 @@ class Family:
     negated: bool = False  # the pipeline turns the output's sign before the scheduler takes it
     added_guidance: float = 0.0  # guidance is null + (scale + added) · (conditional − null)
     shared: tuple[str, ...] = ()  # arguments without a batch dimension
+    layered: tuple[
+        str, ...
+    ] = ()  # arguments whose second dimension is the batch; the first is layers of a text encoder
 
 
 _POSITIONS = ("img_ids", "txt_ids")
@@ -38,7 +41,9 @@ _FAMILIES: Mapping[str, Family] = MappingProxyType(
         "ChromaTransformer2DModel": Family(separate_calls=True, timestep_factor=1e-3, shared=_POSITIONS),
         "CogView4Transformer2DModel": Family(separate_calls=True),
         "FluxTransformer2DModel": Family(separate_calls=True, timestep_factor=1e-3, shared=_POSITIONS),
-        "HiDreamImageTransformer2DModel": Family(timestep_name="timesteps", negated=True),
+        "HiDreamImageTransformer2DModel": Family(
+            timestep_name="timesteps", negated=True, layered=("encoder_hidden_states_llama3",)
+        ),
         "HunyuanDiT2DModel": Family(shared=("image_rotary_emb",)),
         "Kandinsky3UNet": Family(added_guidance=1.0),
         "Lumina2Transformer2DModel": Family(

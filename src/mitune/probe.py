@@ -270,9 +270,7 @@ class MIProbe:
             return None  # a callback has dropped them
         starts = torch.arange(0, rows, run.total).unsqueeze(1)
         self._taken = Rows((starts + run.candidates).flatten(), rows)
-        for name, value in bound.arguments.items():
-            if name not in self._family.shared:
-                bound.arguments[name] = self._taken.of(value)
+        bound.arguments |= self._taken.of_arguments(bound.arguments, self._family)
         return bound.args, bound.kwargs
 
     def _watch(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -432,8 +430,9 @@ class MIProbe:
         family = self._family
         if self._run.more_than_latents:
             raise self._unknown("takes more than latents, such as a mask or a picture, and can be scored on-line alone")
+        rows = self._run.candidates + first
         return flatten(
-            calls[0], self._run.batch, self._run.candidates + first, shared=family.shared, listed=family.listed
+            calls[0], self._run.batch, rows, shared=family.shared, layered=family.layered, listed=family.listed
         )
 
     def _no_guidance(self) -> str:
