@@ -314,7 +314,7 @@ def test_bad_samples_are_refused_after_a_fit(make):
     x, y = PAIR.sample(300, seed=0)
     estimator = make().fit(x, y)
     for a, b, message in (
-        (np.hstack([x, y]), y, "the 1 and 1 columns of the fit"),
+        (np.hstack([x, x[::-1]]), y, "the 1 and 1 columns of the fit"),
         (x, np.sign(y), "Column 1 of y is not continuous"),
         (x[:200], y, "same number of rows"),
     ):
@@ -322,11 +322,33 @@ def test_bad_samples_are_refused_after_a_fit(make):
             estimator.estimate(a, b)
 
 
-@pytest.mark.parametrize("make", [quick_rfmi, GaussianCopula, CCA], ids=["RFMI", "copula", "CCA"])
-def test_what_determines_the_other_is_refused(make):
-    x, _ = PAIR.sample(300, seed=0)
-    with pytest.raises(MituneError, match="infinite"):
-        make().fit(x, 3 - 2 * x)
+def determined_samples():
+    """(x, y) of which a part of one is a part of the other, in other units: their information is infinite."""
+    rng = np.random.default_rng(5)
+    x, rest, more = (rng.standard_normal((1000, 1)) for _ in range(3))
+    return {
+        "itself": (x, x),
+        "a line": (x, 3 - 2 * x),
+        "large units": (x, 1e200 * x),
+        "a curve": (x, np.exp(2 * x)),
+        "one of two columns": (np.hstack([x, rest]), np.hstack([more, -x])),
+        "a sum": (np.hstack([x, rest]), x + rest),
+        "with a column twice": (np.hstack([x, x]), np.hstack([x, rest])),
+    }
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_what_determines_the_other_is_refused_by_every_estimator(name):
+    for kind, (x, y) in determined_samples().items():
+        with pytest.raises(MituneError, match="x and y determine each other, so their information is infinite"):
+            get_estimator(name).fit(x, y)
+            pytest.fail(kind)
+
+
+def test_columns_that_depend_on_each_other_within_a_side_do_not_count():
+    x, y = PAIR.sample(1000, seed=0)
+    twice = KSG().fit(np.hstack([x, x]), y).estimate(np.hstack([x, x]), y)
+    assert twice.value == pytest.approx(KSG().fit(x, y).estimate(x, y).value, abs=0.05)
 
 
 def test_float32_is_continuous_and_spread_counts_keep_their_information():

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.linalg import orth
 from scipy.special import digamma, ndtr, ndtri
-from scipy.stats import chi, kstest
+from scipy.stats import chi, kstest, rankdata
 
 from mitune.errors import MituneError
 
@@ -32,7 +33,8 @@ def checked_pair(x: Array, y: Array, columns: tuple[int, int] | None = None) -> 
     """Both as float64 of shape (n, d). Raises MituneError unless they are samples that the estimators are made for.
 
     That is: finite, two-dimensional, equally long, not empty, with as many `columns` as were fitted where those are
-    given, and continuous. Of a variable with atoms, ranks and distances say nothing: all would be wrong without a word.
+    given, continuous, and without a part of x that is a part of y. Of a variable with atoms, ranks and distances say
+    nothing, and of infinite information no number is right: all would be wrong without a word.
     """
     try:
         x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
@@ -49,7 +51,22 @@ def checked_pair(x: Array, y: Array, columns: tuple[int, int] | None = None) -> 
     for name, side in (("x", x), ("y", y)):
         for number, column in enumerate(side.T, start=1):
             _check_continuous(column, f"Column {number} of {name}")
+    if len(x) > x.shape[1] + y.shape[1] + 1:  # else chance alone makes them fit
+        _refuse_determined(_largest_correlation(x, y))
+        _refuse_determined(_largest_correlation(rankdata(x, axis=0), rankdata(y, axis=0)))
     return x, y
+
+
+def _largest_correlation(x: Array, y: Array) -> float:
+    """The first canonical correlation, also where the columns of a side depend on each other."""
+    sides = (side / np.abs(side).max(axis=0) for side in (x, y))
+    bases = [orth((side - side.mean(axis=0)) / side.std(axis=0)) for side in sides]
+    return float(np.linalg.norm(bases[0].T @ bases[1], ord=2))
+
+
+def _refuse_determined(correlation: float) -> None:
+    if correlation > 1 - 1e-9:
+        raise MituneError("x and y determine each other, so their information is infinite; add the noise they have.")
 
 
 def _check_continuous(column: Array, where: str) -> None:
@@ -175,10 +192,7 @@ class Canonical:
         x, y = x - mean_x, y - mean_y
         root_x, root_y = inverse_root(x.T @ x / n), inverse_root(y.T @ y / n)
         left, correlations, right = np.linalg.svd(root_x @ (x.T @ y / n) @ root_y)
-        if correlations[0] > 1 - 1e-9:
-            raise MituneError(
-                "x and y determine each other, so their information is infinite; add the noise they have."
-            )
+        _refuse_determined(correlations[0])
         return cls(mean_x, mean_y, root_x @ left, root_y @ right.T, correlations, n)
 
     def __call__(self, x: Array, y: Array) -> tuple[Array, Array]:
