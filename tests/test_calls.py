@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from diffusers import FluxPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline
+from diffusers import DiTPipeline, FluxPipeline, KandinskyV22Pipeline, StableDiffusion3Pipeline, StableDiffusionPipeline
 
 from mitune.calls import calling, check_call, size_grid
 from mitune.errors import ModelError
@@ -24,6 +24,8 @@ STEPS = {"num_inference_steps": 2, "guidance_scale": 2.0}
         (StableDiffusion3Pipeline, {"num_images_per_prompt": 2}, "names num_images_per_prompt, which mitune gives"),
         (StableDiffusionPipeline, {"height": 512}, "names one of height and width; name both"),
         (FluxPipeline, {"self": 1}, "takes no self"),
+        (DiTPipeline, {}, "^DiTPipeline is not called with prompts and model.call alone .*; take a text-to-image"),
+        (KandinskyV22Pipeline, {"height": 64, "width": 64}, "^KandinskyV22Pipeline is not called with prompts and"),
     ],
 )
 def test_names(kind, call, sentence):

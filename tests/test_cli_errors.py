@@ -60,6 +60,7 @@ def folder(tmp_path_factory):
         ("generate a --set model.call.heigth=33", "takes no heigth; set in model.call what it does take: height"),
         ("generate a --set model.call.guidance_scale=1", "guidance_scale = 1, which must be above 1"),
         ("generate a --set model.call.height=64", "name both"),
+        ("generate a --set model.steps=2", "The score 'mi-tune' needs two steps short of pure noise"),
         ("generate a --set model.offload=model --device cpu", "model.offload = model needs a GPU"),
         ("generate a -m fp16", "set model.variant, e.g. --set model.variant=fp16"),
         ("score picture.png a -m fp16", "set model.variant, e.g. --set model.variant=fp16"),

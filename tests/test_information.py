@@ -261,8 +261,8 @@ class TestScores:
         for name, score in SCORES.items():
             assert score.name == name
             assert score.formula and score.source
-            assert score(trace).shape == (1,)
-            assert score(trace).dtype == torch.float32
+            assert score.values(trace).shape == (1,)
+            assert score.values(trace).dtype == torch.float32
 
     def test_non_finite_terms_give_nan_for_that_candidate_alone(self):
         columns = flow_trace().to_columns()
@@ -273,9 +273,9 @@ class TestScores:
         assert values.isnan().tolist() == [False, True]
 
     def test_scores_of_diffusion_schedules_do_not_exist_for_flow(self):
-        assert get_score("mi-tune-release")(flow_trace()).isnan().item()
+        assert get_score("mi-tune-release").values(flow_trace()).isnan().item()
         with pytest.raises(MituneError, match=r"'mi-tune-release' needs a β_t \(no flow path\) .* the 1000 steps of"):
-            get_score("mi-tune-release").check(flow_trace())
+            get_score("mi-tune-release")(flow_trace())
 
     @pytest.mark.parametrize("schedule", SCHEDULES, ids=SCHEDULES.get)
     def test_every_score_is_its_literal_form_or_refused(self, schedule):
@@ -286,9 +286,10 @@ class TestScores:
             expected = [literal(name, trace, candidate) for candidate in range(len(trace))]
             if None in expected:
                 refused.add(name)
-                assert score(trace).isnan().all(), name
-                with pytest.raises(MituneError, match=f"'{name}' needs .*; take another score, or other steps"):
-                    score.check(trace)
+                assert score.values(trace).isnan().all(), name
+                for asked in (score.check, score):
+                    with pytest.raises(MituneError, match=f"'{name}' needs .*; take another score, or other steps"):
+                        asked(trace)
             else:
                 score.check(trace)
                 assert score(trace).tolist() == pytest.approx(expected, rel=1e-4), name
@@ -314,6 +315,13 @@ class TestTrace:
         chosen = two.select([1])
         assert torch.equal(chosen.difference, two.difference[1:])
         assert torch.equal(chosen.log_snr, two.log_snr)
+
+    @pytest.mark.parametrize("name", ["difference_velocity", "training_steps", "log_snr"])
+    def test_a_table_that_lacks_a_column_is_refused(self, name):
+        columns = flow_trace().to_columns()
+        del columns[name]
+        with pytest.raises(MituneError, match=f"^A table of trajectories lacks {name}, as those of other versions"):
+            Trace.from_columns(columns)
 
     def test_rows_of_different_schedules_are_refused(self):
         columns = {

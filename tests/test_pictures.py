@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 
 import numpy as np
@@ -12,10 +13,13 @@ from diffusers.pipelines.pixart_alpha import pipeline_pixart_alpha
 from PIL import Image
 
 from mitune.batches import called_through
+from mitune.config import PoolConfig
+from mitune.denoiser import denoiser_of
 from mitune.errors import MituneError, ModelError
 from mitune.latent_map import LatentMap, probes
 from mitune.models import Model
-from mitune.pictures import decode, encode_images
+from mitune.pictures import check_pictures, decode, encode_images
+from mitune.pool import build_pool
 from mitune.scoring import score
 from tests.families import CASES, PICTURE, PROMPTS
 from tests.tiny import tiny_sd, tiny_sd3
@@ -136,20 +140,51 @@ class TestDecoding:
             list(decode(Model(film.make(), film.call, "tiny"), torch.zeros(1, 4, 2, 4, 4)))
 
     def test_latents_that_change_after_the_last_step(self):
-        class Changing(StableDiffusionPipeline):
-            def maybe_free_model_hooks(self):
-                pass
-
-            def __call__(self, *args, **kwargs):
-                output = super().__call__(*args, **kwargs)
-                if kwargs["output_type"] == "latent":
-                    output.images = output.images * 2
-                return output
-
-        pipe = Changing(**tiny_sd().components, requires_safety_checker=False)
-        pipe.set_progress_bar_config(disable=True)
         with pytest.raises(ModelError, match="Changing changes its latents after the last step"):
-            list(decode(Model(pipe, {}, "tiny"), torch.ones(1, 4, 8, 8)))
+            list(decode(Model(changing(), {}, "tiny"), torch.ones(1, 4, 8, 8)))
+
+
+class Changing(StableDiffusionPipeline):
+    def maybe_free_model_hooks(self):
+        pass
+
+    def __call__(self, *args, **kwargs):
+        output = super().__call__(*args, **kwargs)
+        if kwargs["output_type"] == "latent":
+            output.images = output.images * 2
+        return output
+
+
+def changing():
+    pipe = Changing(**tiny_sd().components, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.parametrize(
+    ("make", "call", "what"),
+    [
+        (CASES["Wan 2.1 (video)"].make, CASES["Wan 2.1 (video)"].call, "WanPipeline makes no pictures"),
+        (CASES["LTX-Video (video)"].make, CASES["LTX-Video (video)"].call, "LTXPipeline makes no pictures"),
+        (changing, {}, "Changing changes its latents after the last step"),
+    ],
+)
+def test_what_makes_no_pictures_is_refused_before_anything_is_sampled(make, call, what, tmp_path, monkeypatch):
+    pipe = make()
+    denoiser = denoiser_of(pipe)
+    never = functools.wraps(denoiser.forward)(lambda *_, **__: pytest.fail("the network was called"))
+    model = Model(pipe, call | {"num_inference_steps": 4, "guidance_scale": 3.0}, "tiny")
+    with monkeypatch.context() as patched:
+        patched.setattr(denoiser, "forward", never)
+        with pytest.raises(ModelError, match=what):
+            build_pool(model, PROMPTS, tmp_path / "pool", PoolConfig(candidates=2), identity={})
+    assert not (tmp_path / "pool").exists()
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.makes == "pictures"])
+def test_what_makes_pictures_is_not(name):
+    case = CASES[name]
+    check_pictures(Model(case.make(), case.call, "tiny"))
 
 
 class TestEncoding:

@@ -109,8 +109,8 @@ class TestLatents:
         assert torch.equal(raced.latents[left], whole.latents[left])
         assert raced.latents[[p for p in range(24) if p not in left]].isnan().all()
         for name in SCORES:
-            expected = get_score(name)(whole.trace)[left]
-            torch.testing.assert_close(get_score(name)(raced.trace)[left], expected, equal_nan=True)
+            expected = get_score(name).values(whole.trace)[left]
+            torch.testing.assert_close(get_score(name).values(raced.trace)[left], expected, equal_nan=True)
         alone = generate(model, requests()[8:16], 4, race().drop)
         assert torch.equal(alone.latents.nan_to_num(), raced.latents[8:16].nan_to_num())
         assert alone.dropped == raced.dropped[8:16]
@@ -121,7 +121,7 @@ class TestLatents:
 
     def test_the_replay_is_the_race(self, model):
         so_far = []
-        batch = generate(model, requests(), 4, lambda probe: so_far.append(SCORES["rfmi"](probe.trace_so_far())))
+        batch = generate(model, requests(), 4, lambda probe: so_far.append(SCORES["rfmi"].values(probe.trace_so_far())))
         raced = generate(model, requests(), 4, race().drop)
         scores = np.stack(so_far[:-1] + [SCORES["rfmi"](batch.trace)], axis=1)
         for prompt in range(3):

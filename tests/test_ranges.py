@@ -1,15 +1,18 @@
 """Every setting says what it may be, and whatever else it is given is refused in one sentence that names it."""
 
 import math
+import re
 from dataclasses import fields, is_dataclass
 from types import NoneType
 from typing import Annotated, get_args, get_origin, get_type_hints
 
 import pytest
+from typer.testing import CliRunner
 
+from mitune.cli import app
 from mitune.config import Config, EvalConfig, FinetuneConfig, ModelConfig, PoolConfig
 from mitune.errors import MituneError
-from mitune.ranges import Range, convert
+from mitune.ranges import Range, convert, ends_of
 from mitune.settings import from_mapping, resolve
 
 SECTIONS = {"model": ModelConfig, "pool": PoolConfig, "finetune": FinetuneConfig, "eval": EvalConfig, "": Config}
@@ -131,3 +134,19 @@ def test_a_range_has_its_ends(range_, inside, outside):
     for number in inside:
         assert convert(number, Annotated[type(number), range_], "x") == number
     assert not any(number in range_ and convert(number, Annotated[float, range_], "x") for number in outside)
+
+
+@pytest.mark.parametrize("option", ["--guidance-scale", "--candidates", "--seed", "--rounds"])
+def test_the_help_shows_the_range_that_is_checked(option):
+    """Options without an end of their own; a number just outside is refused with the same words."""
+    cls, name, outside = {
+        "--guidance-scale": (ModelConfig, "guidance_scale", 1.0),
+        "--candidates": (PoolConfig, "candidates", 0),
+        "--seed": (PoolConfig, "seed", -1),
+        "--rounds": (Config, "rounds", 1001),
+    }[option]
+    shown = CliRunner().invoke(app, ["tune", "--help"], env={"COLUMNS": "400", "TERM": "dumb"}).output
+    line = next(line for line in shown.splitlines() if option in line)
+    assert ends_of(cls, name) in line
+    with pytest.raises(MituneError, match=re.escape(ends_of(cls, name))):
+        cls(**{name: outside})

@@ -35,6 +35,18 @@ def check_call(pipeline_class: type[Any], call: Mapping[str, Any]) -> None:
                 f"The call of {pipeline_class.__name__} takes no {name}; set in model.call what it does take: "
                 f"{', '.join(close)}."
             )
+    require_prompts(pipeline_class, call)
+
+
+def require_prompts(pipeline_class: type[Any], call: Mapping[str, Any]) -> None:
+    """Raises ModelError for a pipeline that takes no prompts, or needs more than these and `call`."""
+    try:
+        inspect.signature(pipeline_class.__call__).bind(None, **{"prompt": "", **call})
+    except TypeError as error:
+        raise ModelError(
+            f"{pipeline_class.__name__} is not called with prompts and model.call alone ({error}); take a "
+            "text-to-image model."
+        ) from error
 
 
 @contextmanager

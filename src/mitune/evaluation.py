@@ -126,7 +126,7 @@ def _judge_variant(
         images = list(decode(model, batch.latents.nan_to_num()))
         judgments = metric(images, [request.prompt for request in chunk])
         judgments = [judgment if ok else BROKEN for judgment, ok in zip(judgments, finite, strict=True)]
-        information = SCORES["mi-tune"](batch.trace).tolist()
+        information = SCORES["mi-tune"].values(batch.trace).tolist()
         for request, image, judgment, nats in zip(chunk, images, judgments, information, strict=True):
             index, listed, j = wanted[len(rows)]
             picture = ""

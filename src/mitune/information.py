@@ -184,9 +184,15 @@ class Trace:
 
     @classmethod
     def from_columns(cls, columns: Mapping[str, Sequence[Any]]) -> Trace:
-        """The inverse of `to_columns`. Raises MituneError where the rows are of different schedules."""
+        """The inverse of `to_columns`. Raises MituneError where rows differ in schedule, or columns lack."""
+        names = [field.name for field in fields(cls)]
+        if missing := [name for name in names if name not in columns]:
+            raise MituneError(
+                f"A table of trajectories lacks {', '.join(missing)}, as those of other versions of mitune may; make "
+                "it again with this one."
+            )
         arguments: dict[str, Any] = {}
-        for name in (field.name for field in fields(cls)):
+        for name in names:
             rows = list(columns[name])
             if name not in _PER_CANDIDATE:
                 if any(not _same(row, rows[0]) for row in rows):
@@ -334,7 +340,10 @@ def _log_likelihood_ratio(trace: Trace) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """A number for each candidate from its trace; higher is better. Called with a Trace, it gives (B,)."""
+    """A number for each candidate from its trace; higher is better. Called with a Trace, it gives (B,).
+
+    Raises MituneError, as `check` does, where the steps of the trace can give no value.
+    """
 
     name: str
     formula: str
@@ -344,14 +353,19 @@ class Score:
     function: Callable[[Trace], Tensor]
 
     def __call__(self, trace: Trace) -> Tensor:
-        """(B,), float32. A candidate with a term that is not finite has the score NaN, as all have without `needs`."""
+        """(B,), float32. A candidate with a term that is not finite has the score NaN."""
+        self.check(trace)
+        return self.values(trace)
+
+    def values(self, trace: Trace) -> Tensor:
+        """The same for tables of many scores, and in the midst of a run: NaN for all without `needs`."""
         value = self.function(trace).float()
         return torch.where(value.isfinite(), value, math.nan)
 
     def check(self, trace: Trace) -> None:
         """Raises MituneError where the steps of this trace can give no value, whatever their terms are."""
         ones: dict[str, Any] = {name: torch.ones(1, len(trace.log_snr)) for name in _PER_CANDIDATE}
-        if not self(replace(trace, **ones)).isfinite().item():
+        if not self.values(replace(trace, **ones)).isfinite().item():
             kind = "a flow path" if trace.is_flow else "a diffusion path"
             raise MituneError(
                 f"The score {self.name!r} needs {self.needs}, which the {len(trace.log_snr)} steps of this run on "

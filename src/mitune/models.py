@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from mitune.adapter_file import adapter_checksum as adapter_checksum
 from mitune.adapter_file import load_adapter as load_adapter
-from mitune.calls import check_call
+from mitune.calls import check_call, require_prompts
 from mitune.config import EMBEDDED, ModelConfig
 from mitune.denoiser import compile_denoiser, denoiser_of
 from mitune.errors import ModelError, first_line
@@ -81,8 +81,10 @@ def call_arguments(config: ModelConfig, pipeline_class: type[Any] = DiffusionPip
 def prompted(pipe: Any, prompts: Sequence[str], call: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of a call for these prompts: `call`, with its negative prompt for each of them.
 
-    Pipelines with true guidance make no second pass without a negative prompt; they get a blank.
+    Pipelines with true guidance make no second pass without a negative prompt; they get a blank. Raises ModelError for
+    a pipeline that does not take prompts, or not these alone.
     """
+    require_prompts(type(pipe), call)
     arguments = {"prompt": list(prompts), **call}
     if guidance_name(type(pipe)) == "true_cfg_scale":
         arguments.setdefault("negative_prompt", " ")

@@ -24,6 +24,7 @@ from PIL import Image
 from torch import Generator, Tensor, nn
 
 from mitune.batches import called_through, texts_encoded_once
+from mitune.calls import calling
 from mitune.denoiser import denoiser_of, execution_device
 from mitune.errors import MituneError, ModelError
 from mitune.image_files import as_shown
@@ -33,6 +34,22 @@ from mitune.quiet import quiet_pipelines
 
 log = logging.getLogger(__name__)
 AT_ONCE = 2**16  # pixels in one call of the autoencoder, whose activations take a kilobyte or more each
+
+
+def check_pictures(model: Model) -> None:
+    """Raises ModelError, as `decode` would after the sampling, if the pipeline does not make its latents pictures."""
+    texts: dict[Any, Any] = {}
+    ended: list[Tensor] = []
+
+    def noise(latents: Tensor) -> Tensor:
+        ended[:] = [torch.randn(latents.shape, generator=Generator().manual_seed(0)).to(latents)]
+        return ended[0]
+
+    pipe, call = model.pipe, model.call
+    with calling(pipe, call), np.errstate(invalid="ignore"):  # in half precision, noise may overflow the autoencoder
+        returned = _call_to_end(pipe, noise, 1, call | {"output_type": "latent"}, texts)
+        _require_unchanged(pipe, returned, ended[0])
+        _require_pictures(pipe, _call_to_end(pipe, noise, 1, call | {"output_type": "pil"}, texts))
 
 
 def decode(model: Model, latents: Tensor) -> Iterator[Image.Image]:
@@ -47,21 +64,32 @@ def decode(model: Model, latents: Tensor) -> Iterator[Image.Image]:
         return
     texts: dict[Any, Any] = {}
     returned = _call_to_end(pipe, latents[:1].to, 1, model.call | {"output_type": "latent"}, texts)
-    if not torch.equal(returned, latents[:1].to(returned)):
-        raise ModelError(
-            f"{type(pipe).__name__} changes its latents after the last step in a way that mitune does not know, so it "
-            "cannot make pictures of them; please report this kind of model."
-        )
+    _require_unchanged(pipe, returned, latents[:1])
     for chunk in torch.split(latents, _decoded_at_once(pipe, latents)):
         with _broken_counted(pipe) as overflown, np.errstate(invalid="ignore"):  # numpy warns of NaN
             images = _call_to_end(pipe, chunk.to, len(chunk), model.call | {"output_type": "pil"}, texts)
         broken += sum(overflown)
-        if not all(isinstance(image, Image.Image) for image in images):
-            raise ModelError(f"{type(pipe).__name__} makes no pictures, so mitune can give its latents alone.")
+        _require_pictures(pipe, images)
         yield from images
     if broken:
         message = "%d of %d pictures came out broken, as the autoencoder overflows in %s; set model.dtype to float32."
         log.warning(message, broken, len(latents), str(pipe.dtype).removeprefix("torch."))
+
+
+def _require_unchanged(pipe: Any, returned: Tensor, ended: Tensor) -> None:
+    """Whether what the pipeline returns as latents is what its last step ended in."""
+    if returned.shape != ended.shape or not torch.equal(returned, ended.to(returned)):
+        raise ModelError(
+            f"{type(pipe).__name__} changes its latents after the last step in a way that mitune does not know, so it "
+            "cannot make pictures of them; please report this kind of model."
+        )
+
+
+def _require_pictures(pipe: Any, made: Any) -> None:
+    if not all(isinstance(image, Image.Image) for image in made):
+        raise ModelError(
+            f"{type(pipe).__name__} makes no pictures; take a text-to-image model, or score its latents in Python."
+        )
 
 
 def _decoded_at_once(pipe: Any, latents: Tensor) -> int:

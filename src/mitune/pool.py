@@ -30,7 +30,7 @@ from mitune.information import SCORES, Trace
 from mitune.locks import one_of_many, waiting
 from mitune.metrics.judgment import Metric
 from mitune.models import Model, nothing_but_nan
-from mitune.pictures import decode
+from mitune.pictures import check_pictures, decode
 from mitune.prompts import check_prompts
 from mitune.racing import Race, race_of
 from mitune.selection import ORACLE, Rule, apply, parse_rule, select
@@ -77,6 +77,7 @@ def build_pool(
     process, something else in the place of a set, or a model that makes nothing but NaN.
     """
     prompts = check_prompts(prompts, model)
+    check_pictures(model)
     rules = [parse_rule(text, [*SCORES, *POST_HOC]) for text in config.select]
     if metric is None and any(rule.by == ORACLE for rule in rules):
         raise MituneError("pool.select names 'oracle', but this model comes with no judge; leave it out.")
@@ -224,7 +225,7 @@ class _Pool:
         if broken := status.count("nan"):
             log.warning("%s: %d candidates came out as NaN and are left out.", prompt, broken)
         trace = Trace.from_columns(candidates.terms)
-        free = {name: score(trace).where(finite, torch.nan) for name, score in SCORES.items()}
+        free = {name: score.values(trace).where(finite, torch.nan) for name, score in SCORES.items()}
         scores = {name: values.tolist() for name, values in free.items()}
         with rows_counted(denoiser_of(self.model.pipe)) as rows:
             scores |= {name: self.post_hoc(name, index, latents, finite, free) for name in self.post_hoc_names}

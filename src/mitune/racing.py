@@ -40,7 +40,7 @@ class Race:
         stay = self.stay(probe.steps, probe.planned_steps)
         if stay is not None:
             trace = probe.trace_so_far()
-            scores = {name: SCORES[name](trace).tolist() for name in self.scores}
+            scores = {name: SCORES[name].values(trace).tolist() for name in self.scores}
             probe.keep(self.survivors(probe.candidates, scores, stay))
 
     def survivors(self, places: Sequence[int], scores: Mapping[str, Sequence[float]], stay: int) -> list[int]:

@@ -28,10 +28,14 @@ class Range:
     def __contains__(self, number: float) -> bool:
         return self.least <= number <= self.most and self.above < number < self.below
 
-    def __str__(self) -> str:
+    @property
+    def ends(self) -> str:
+        """In words."""
         ends = {"at least": self.least, "above": self.above, "at most": self.most, "below": self.below}
-        text = " and ".join(f"{word} {end:,}" for word, end in ends.items() if -math.inf < end < math.inf)
-        return f"{text}: {self.why}" if self.why else text
+        return " and ".join(f"{word} {end:,}" for word, end in ends.items() if -math.inf < end < math.inf)
+
+    def __str__(self) -> str:
+        return f"{self.ends}: {self.why}" if self.why else self.ends
 
 
 def settle(settings: Any, section: str) -> None:
@@ -48,6 +52,15 @@ def settle(settings: Any, section: str) -> None:
 @functools.cache
 def _hints(cls: type[Any]) -> dict[str, Any]:
     return get_type_hints(cls, include_extras=True)
+
+
+def ends_of(cls: Any, name: str) -> str:
+    """The range of a numeric field of these settings, in words, for the help of the options that set it."""
+    hint = _hints(cls)[name]
+    if get_origin(hint) in (Union, types.UnionType):
+        hint = next(kind for kind in get_args(hint) if kind is not types.NoneType)
+    within: Range = get_args(hint)[1]
+    return within.ends
 
 
 def convert(value: Any, hint: Any, name: str) -> Any:

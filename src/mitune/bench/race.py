@@ -167,10 +167,10 @@ def _run(model: Model, prompt: str, config: RaceConfig) -> pa.Table:
 
     def note(probe: MIProbe) -> None:
         trace = probe.trace_so_far()
-        so_far.append({name: score(trace) for name, score in SCORES.items()})
+        so_far.append({name: score.values(trace) for name, score in SCORES.items()})
 
     batch = generate(model, [Request(prompt=prompt, seed=seed) for seed in seeds], config.batch_size, note)
-    so_far[-1] = {name: score(batch.trace) for name, score in SCORES.items()}
+    so_far[-1] = {name: score.values(batch.trace) for name, score in SCORES.items()}
     latents = batch.latents.nan_to_num()
     verdicts = [judge(np.asarray(image), prompt) for image in decode(model, latents)]
     second, known = CONTRAST.contrast, rivals_of(prompt, ())

@@ -71,16 +71,17 @@ class SelectConfig:
 
 def online_normalized(trace: Trace) -> Tensor:
     """The log-likelihood ratio against the empty prompt over ½∫‖Δε‖²dλ, (B,), both of the trajectory: m/D for free."""
-    return SCORES["log-likelihood-ratio"](trace) / SCORES["mi-tune"](trace)
+    return SCORES["log-likelihood-ratio"].values(trace) / SCORES["mi-tune"].values(trace)
 
 
 def online_ranks(trace: Trace) -> Tensor:
     """Mean rank of self-confidence and RFMI's dot form, (B,), which err in opposite ways."""
-    return mean_rank(SCORES["self-confidence-late"](trace), SCORES["rfmi"](trace))
+    return mean_rank(SCORES["self-confidence-late"].values(trace), SCORES["rfmi"].values(trace))
 
 
 FREE: Mapping[str, Callable[[Trace], Tensor]] = MappingProxyType(
-    {**SCORES, "online-normalized": online_normalized, "online-ranks": online_ranks}
+    {name: score.values for name, score in SCORES.items()}
+    | {"online-normalized": online_normalized, "online-ranks": online_ranks}
 )
 
 
@@ -192,7 +193,7 @@ def _record(
 
 def score_table(record: pa.Table, tensors: Mapping[str, Tensor], where: Mapping[str, Any]) -> pa.Table:
     """A record's rows with every score and its cost, and `where` in each row; without the terms of the trajectory."""
-    trace = Trace.from_columns({name: record[name].to_pylist() for name in Trace.__dataclass_fields__})
+    trace = Trace.from_columns({name: record[name].to_pylist() for name in record.column_names})
     evidence = evidence_of(tensors, trace.dimensions)
     free = {name: score(trace) for name, score in FREE.items()}
     values = {name: (0.0, score) for name, score in free.items()}

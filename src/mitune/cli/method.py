@@ -33,6 +33,7 @@ from mitune.cli.options import (
 )
 from mitune.config import GRADUAL, Config
 from mitune.errors import MituneError
+from mitune.ranges import ends_of
 
 app = typer.Typer()
 
@@ -74,7 +75,9 @@ def tune(
     candidates: Candidates = None,
     keep: Keep = None,
     select: Selection = None,
-    rounds: Annotated[int | None, Option(help="Rounds of pool and fine-tuning (R).")] = None,
+    rounds: Annotated[
+        int | None, Option(help=f"Rounds of pool and fine-tuning (R), {ends_of(Config, 'rounds')}.")
+    ] = None,
     guidance_scale: Guidance = None,
     race: Race = None,
     seed: Seed = None,
@@ -261,7 +264,7 @@ def generate(
     from mitune.generate import Request, candidate_seed, default_batch_size, generate_all
     from mitune.information import SCORES
     from mitune.models import load_model
-    from mitune.pictures import decode
+    from mitune.pictures import check_pictures, decode
     from mitune.prompts import check_prompts
     from mitune.store import write_image
 
@@ -269,12 +272,13 @@ def generate(
     config = settings_of(preset, config_file, assignments, options)
     loaded = load_model(config.model, adapter=adapter)
     prompts = check_prompts(prompts, loaded)
+    check_pictures(loaded)
     batch_size = default_batch_size(execution_device(loaded.pipe))
     requests = [Request(prompt=p, seed=candidate_seed(seed, p, j)) for p in prompts for j in range(images)]
-    done = 0
+    names, done = ("mi-tune", "self-confidence"), 0
     with stage("Making images") as step:
-        for chunk, batch in generate_all(loaded, requests, min(len(requests), batch_size)):
-            shown = {name: SCORES[name](batch.trace) for name in ("mi-tune", "self-confidence")}
+        for chunk, batch in generate_all(loaded, requests, min(len(requests), batch_size), scores=names):
+            shown = {name: SCORES[name](batch.trace) for name in names}
             for row, image in enumerate(decode(loaded, batch.latents)):
                 file = output / f"{(done + row) // images + 1:03d}-{(done + row) % images + 1:03d}.png"
                 write_image(file, image)

@@ -21,7 +21,8 @@ from rich.progress import (
 from rich.text import Text
 from typer import Option
 
-from mitune.config import Config
+from mitune.config import Config, ModelConfig, PoolConfig
+from mitune.ranges import ends_of
 from mitune.settings import PRESETS, resolve
 
 console = Console(stderr=True)
@@ -30,12 +31,19 @@ Preset = Annotated[str | None, Option(help=f"Settings and a model by name: {', '
 ConfigFile = Annotated[Path | None, Option("--config", help="YAML file of settings, e.g. a run's config.yaml.")]
 Assignments = Annotated[
     list[str] | None,
-    Option("--set", metavar="KEY=VALUE", help="Any setting, e.g. --set model.variant=fp16. Repeatable."),
+    Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Any setting, e.g. --set model.variant=fp16; a wrong one is answered with what it may be. Repeatable.",
+    ),
 ]
 ModelName = Annotated[
     str | None, Option("--model", "-m", help="Hub id, diffusers folder, or an embedded model: shapes-sd, shapes-sd3.")
 ]
-Guidance = Annotated[float | None, Option(help="Guidance scale; the model's own default if left out.")]
+Guidance = Annotated[
+    float | None,
+    Option(help=f"Guidance scale, {ends_of(ModelConfig, 'guidance_scale')}; the model's own default if left out."),
+]
 PromptSource = Annotated[
     str | None,
     Option(
@@ -47,8 +55,11 @@ PromptSource = Annotated[
 PromptField = Annotated[
     str | None, Option(help="JSON field or column that holds the prompts, where the file has several; else a guess.")
 ]
-Candidates = Annotated[int | None, Option("--candidates", "-M", help="Images made for each prompt (M).")]
-Keep = Annotated[int | None, Option("--keep", "-k", help="Images kept for each prompt (k).")]
+Candidates = Annotated[
+    int | None,
+    Option("--candidates", "-M", help=f"Images made for each prompt (M), {ends_of(PoolConfig, 'candidates')}."),
+]
+Keep = Annotated[int | None, Option("--keep", "-k", help="Images kept for each prompt (k), at least 1 and at most M.")]
 Selection = Annotated[
     list[str] | None,
     Option("--select", "-s", help="Score or control that picks, e.g. contrast, mi-tune, random. Repeatable."),
@@ -61,7 +72,7 @@ Race = Annotated[
         "self-confidence decides who is left, as with contrast.",
     ),
 ]
-Seed = Annotated[int | None, Option(help="Seed of the candidates.")]
+Seed = Annotated[int | None, Option(help=f"Seed of the candidates, {ends_of(PoolConfig, 'seed')}.")]
 Device = Annotated[str | None, Option(help="cpu, cuda, cuda:1, mps; the GPU if there is one.")]
 RunFolder = Annotated[Path, Option("--run", "-r", help="Run folder; the same command goes on where it stopped.")]
 
