@@ -17,8 +17,9 @@ from mitune.config import ModelConfig
 from mitune.errors import MituneError
 from mitune.information import Estimate, LogisticProposal, alpha_sigma, point_wise_draws, true_noise
 from mitune.models import load_model
+from mitune.path import path_of
 from mitune.pictures import encode_images
-from mitune.scoring import score
+from mitune.scoring import default_proposal, score
 from mitune.shapes.grammar import COLORS, SHAPES, TEXTURES, parse
 from mitune.shapes.scene import picture, sample_scene
 from mitune.shapes.truth import Truth
@@ -73,19 +74,19 @@ def test_loss_of_the_exact_denoiser(low):
 
 
 def test_losses_are_the_scores(model):
-    """L(∅) − L(p), the orthogonal estimate and the confidence are those of `score` with the same seed."""
+    """L(∅) − L(p), the orthogonal estimate and the confidence are those of `score` with the same draws."""
     rng = random.Random(0)
     prompts = ["a red circle and a blue square", "a circle and a square"]
     latents = encode_images(model.pipe, [picture(sample_scene(parse(prompts[0]), rng))])
     said = ask(model, latents, prompts, draws=8, seed=3)
+    kwargs = {"draws": 8, "seed": 3, "call": model.call}
+    kwargs["proposal"] = default_proposal(path_of(model.pipe.scheduler), "self-confidence")  # that of the study
     for found, estimator in (
         (said.loss[0] - said.loss[1:], "standard"),
         (said.orthogonal[1:], "orthogonal"),
         (said.confidence[1:], "self-confidence"),
     ):
-        scores = score(
-            model.pipe, latents.expand(2, -1, -1, -1), prompts, estimator=estimator, draws=8, seed=3, call=model.call
-        )
+        scores = score(model.pipe, latents.expand(2, -1, -1, -1), prompts, estimator=estimator, **kwargs)
         expected = [estimate.value for estimate in scores.estimates]
         assert found.tolist() == pytest.approx(expected, rel=1e-3, abs=1e-3)
 

@@ -13,9 +13,11 @@ from torch import nn
 from mitune.denoiser import denoiser_of
 from mitune.errors import GuidanceError, MituneError
 from mitune.information import UNITS, Estimate, LogisticProposal, RectifiedFlowProposal
+from mitune.models import model_folder
 from mitune.path import path_of
 from mitune.pictures import encode_images
 from mitune.scoring import default_proposal, grid_of, save_heat_map, score
+from tests.draws import ESTIMATORS, MODELS, covered, recorded
 from tests.families import CASES
 from tests.sets import tiny_sdxl
 from tests.tiny import PROMPTS, SD3_CALL, tiny_sd, tiny_sd3
@@ -34,6 +36,11 @@ def model(request):
 def latents():
     """(2, 4, 8, 8)"""
     return torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+
+
+def shapes_path(name):
+    kind = {"shapes-sd": DDIMScheduler, "shapes-sd3": FlowMatchEulerDiscreteScheduler}[name]
+    return path_of(kind.from_pretrained(model_folder(name), subfolder="scheduler"))
 
 
 def pictures():
@@ -204,8 +211,42 @@ class TestPromises:
             assert one.value == pytest.approx(other.value, abs=4 * error)
 
     def test_default_proposal(self):
-        assert default_proposal(path_of(FlowMatchEulerDiscreteScheduler())).high == pytest.approx(2 * math.log(19))
-        assert default_proposal(path_of(tiny_sd().scheduler)).low == pytest.approx(-5.36, abs=0.01)
+        flow = default_proposal(path_of(FlowMatchEulerDiscreteScheduler()), "orthogonal")
+        assert flow.high == pytest.approx(2 * math.log(19))
+        nats, confidence = (
+            default_proposal(path_of(tiny_sd().scheduler), name) for name in UNITS if name != "standard"
+        )
+        assert nats.low == confidence.low == pytest.approx(-5.36, abs=0.01)
+        assert nats.scale == 2 * confidence.scale == 4  # a mean over flow time has to be drawn uniformly in it
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("name", MODELS)
+class TestRecordedDraws:
+    """The error of `score`, on draws of the embedded models; chance moves the percentages by less than 0.3."""
+
+    @pytest.mark.parametrize(("noisings", "below"), [(64, 2), (16, 4)])
+    def test_intervals_cover_what_they_say(self, name, estimator, noisings, below):
+        """68 and 95 % within 2 points; four degrees of freedom at most are too few for the skew of 16 noisings."""
+        proposal = default_proposal(shapes_path(name), estimator)
+        rng = np.random.default_rng(0)
+        shares = [
+            covered(scene.draws(proposal, 4000, noisings // 4, 2, rng), scene.integral)
+            for scene in recorded(name, estimator, proposal)
+        ]
+        excess = np.mean(shares, axis=0) - (68.27, 95)
+        assert (-below < excess).all() and (excess < 2).all()
+
+    def test_density(self, name, estimator):
+        """Unbiased by the default density, and of less variance than by uniform flow times."""
+        proposal, flow_times = (default_proposal(shapes_path(name), which) for which in (estimator, "self-confidence"))
+        rng = np.random.default_rng(0)
+        ratios = []
+        for scene in recorded(name, estimator, proposal):
+            here, there = (scene.draws(p, 4000, 16, 2, rng).mean(dim=(1, 2)) for p in (proposal, flow_times))
+            assert here.mean().item() == pytest.approx(scene.integral, abs=4 * here.std().item() / math.sqrt(4000))
+            ratios.append((here.var() / there.var()).log().item())
+        assert math.exp(np.mean(ratios)) < {"shapes-sd": 0.6, "shapes-sd3": 0.97}[name]
 
 
 class TestImages:

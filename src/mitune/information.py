@@ -120,8 +120,10 @@ class Estimate:
 def stratified_mean(draws: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Mean of draws (..., strata, n), its standard error, and the degrees of freedom of that, each (...), float64.
 
-    After Satterthwaite (1946) and Welch (1947): n − 1 degrees where one stratum has all of the variance, as the clean
-    end of a noise path nearly has, and more where it is shared. The last two are NaN for n = 1.
+    With T = Σ v and S = Σ v² over the variances v of the strata's means, Satterthwaite's degrees (1946), (n − 1) T²/S,
+    are too few where strata share the variance, as v² is on average more than the square of what v estimates. Welch's
+    (1947), (n + 1) T²/S − 2, are right for normal draws, and too many for the skewed ones of a denoiser. The mean of
+    the two is taken: n − 1 where one stratum has all of the variance. The last two results are NaN for n = 1.
     """
     strata, each = draws.shape[-2:]
     draws = draws.double()
@@ -130,7 +132,7 @@ def stratified_mean(draws: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return mean, torch.full_like(mean, math.nan), torch.full_like(mean, math.nan)
     variances = draws.var(dim=-1) / each
     total, squares = variances.sum(dim=-1), (variances**2).sum(dim=-1)
-    degrees = (each - 1) * torch.where(squares > 0, total**2 / squares, strata)
+    degrees = each * torch.where(squares > 0, total**2 / squares, strata) - 1
     return mean, total.sqrt() / strata, degrees
 
 

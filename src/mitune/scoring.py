@@ -105,7 +105,7 @@ def score(
             denoiser,
             given.transpose(1, 2) if packed else given,
             estimator=estimator,
-            proposal=proposal or default_proposal(path),
+            proposal=proposal or default_proposal(path, estimator),
             strata=draws // NOISINGS_A_STRATUM,
             generator=Generator().manual_seed(seed),
             is_flow=path.is_flow,
@@ -134,10 +134,15 @@ def grid_of(pipe: Any) -> int:
     return math.lcm(size_grid(pipe), 8)
 
 
-def default_proposal(path: NoisePath) -> LogisticProposal:
-    """Uniform in flow time over the λ that training has seen, without the clean end: σ/(α + σ) > `TRUNCATION`."""
+def default_proposal(path: NoisePath, estimator: Estimator) -> LogisticProposal:
+    """Where in λ an estimator is drawn: what training has seen, without the clean end: σ/(α + σ) > `TRUNCATION`.
+
+    Uniform in flow time (scale 2) for self-confidence, which is a mean over it. The density of the others is in their
+    error alone: networks err most at the clean end, so it reaches further to both sides, with less unequal weights.
+    """
     low, high = path.log_snr_range()
-    return LogisticProposal(low, min(high, 2 * math.log((1 - TRUNCATION) / TRUNCATION)))
+    scale = 2.0 if estimator == "self-confidence" else 4.0
+    return LogisticProposal(low, min(high, 2 * math.log((1 - TRUNCATION) / TRUNCATION)), scale=scale)
 
 
 class _PipelineDenoiser:

@@ -202,7 +202,7 @@ class Said:
 def ask(model: Model, latents: Tensor, prompts: Sequence[str], *, draws: int, seed: int) -> Said:
     """Noises one image, latents (1, C, H, W), and denoises it with the empty prompt and each of the others."""
     path = path_of(model.pipe.scheduler)
-    inside = default_proposal(path)
+    inside = default_proposal(path, "self-confidence")  # one question for all, and this one is a mean over it
     beyond = LogisticProposal(inside.high, path.log_snr_range()[1])
     loss, orthogonal, confidence = _integrals(model, latents, [EMPTY, *prompts], inside, draws, seed)
     clean, _, _ = _integrals(model, latents, [EMPTY, prompts[0]], beyond, END_DRAWS, seed)
@@ -315,7 +315,7 @@ def _gap(case: _Case, asked: Pair, said: Said, ends: Sequence[float], truth: Tru
 
 def _noisy_end(model: Model, latents: Tensor, others: Tensor, seed: int) -> float:
     path = path_of(model.pipe.scheduler)
-    return noisy_end(latents, others, default_proposal(path).low, is_flow=path.is_flow, seed=seed)
+    return noisy_end(latents, others, default_proposal(path, "standard").low, is_flow=path.is_flow, seed=seed)
 
 
 def noisy_end(latents: Tensor, others: Tensor, log_snr: float, *, is_flow: bool, seed: int) -> float:
