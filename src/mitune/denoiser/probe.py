@@ -159,7 +159,7 @@ class MIProbe:
 
     @property
     def conditioning(self) -> dict[str, Tensor]:
-        """What the denoiser is told with the prompt: its arguments but z and t, (B, ...), as in `mitune.denoiser.conditioning`.
+        """The denoiser's arguments with the prompt, but z and t, (B, ...), as in `mitune.denoiser.conditioning`.
 
         Raises ModelError for arguments that cannot be kept candidate by candidate (ControlNet), and if the denoiser
         takes more than latents (inpainting).
