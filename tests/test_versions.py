@@ -68,7 +68,8 @@ def test_every_range_has_a_tested_lower_end():
 
 def test_asking_is_quick_and_imports_no_heavy_library():
     program = (
-        "import sys, time; began = time.process_time(); from mitune.run.versions import check_versions; check_versions();"
+        "import sys, time; began = time.process_time();"
+        "from mitune.run.versions import check_versions; check_versions();"
         "took = time.process_time() - began; heavy = {'torch', 'transformers', 'diffusers', 'peft'} & set(sys.modules);"
         "assert not heavy, heavy; assert took < 1, took"
     )
