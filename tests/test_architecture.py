@@ -1,4 +1,4 @@
-"""Who may import whom. A package imports what stands before it alone, so that each can be read without those after it."""
+"""Who may import whom: a package only what stands below it, so that each can be read without those above."""
 
 import ast
 from collections.abc import Iterator
