@@ -114,6 +114,7 @@ class FinetuneConfig:
     """The adapter and its training; the defaults are MI-TUNE's Table 8."""
 
     adapter: Literal["lora", "dora"] = "dora"
+    objective: str = "denoising"  # what it is trained towards: a name of `mitune list objectives`, or module:attribute
     rank: Count = 32
     alpha: Annotated[float, Range(above=0, most=1e6)] = 32.0
     text_encoder: bool = False

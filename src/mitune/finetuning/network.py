@@ -1,0 +1,140 @@
+"""The denoiser with its adapter, and with those of its text encoders: what an objective is given, and what is saved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from mitune.config.schema import FinetuneConfig
+from mitune.denoiser.encoding import encode
+from mitune.denoiser.network import compile_denoiser, network_output
+from mitune.denoiser.opening.components import Components
+from mitune.denoiser.opening.models import call_arguments
+from mitune.denoiser.path import NoisePath
+from mitune.errors import MituneError, first_line
+from mitune.finetuning.adapter import add_adapter, check_rank, load_weights
+from mitune.finetuning.dataset import TrainingSet
+from mitune.finetuning.draws import Draw
+from mitune.finetuning.layers import channels_last, merged_layers
+from mitune.finetuning.objectives.base import Batch
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class AdaptedNetwork:
+    """A `Network` of the objectives. All stays in evaluation mode, as it was opened: dropout would make an iteration
+    depend on more than its seed."""
+
+    modules: Mapping[str, nn.Module]  # by component name, each with an adapter: the denoiser, then text encoders
+    text_pipe: Any  # the pipeline of these text encoders; None where the prompts' conditioning is that of the set
+    call: Mapping[str, Any]  # arguments of the pipeline's call, which the text encoders may need
+    device: torch.device
+
+    @property
+    def denoiser(self) -> nn.Module:
+        return next(iter(self.modules.values()))
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """The prediction with the adapters, (B, C, H, W), float32."""
+        conditioning = dict(batch.conditioning)
+        if self.text_pipe is not None:
+            conditioning |= encode(self.text_pipe, batch.prompts, self.call, conditioning)
+        return network_output(self.denoiser, batch.noisy, conditioning, batch.timesteps)
+
+    def reference(self, batch: Batch) -> Tensor:
+        """The prediction without any adapter, (B, C, H, W), float32, without gradients."""
+        with torch.no_grad(), adapters_off(self.modules.values()):
+            return self(batch)
+
+
+@contextmanager
+def adapters_off(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Adapted layers compute as they did before the adapter, in PEFT's form and in the merged one."""
+    layers = [layer for module in modules for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+
+
+def open_network(
+    components: Components, config: FinetuneConfig, device: torch.device, start_from: Path | None
+) -> AdaptedNetwork:
+    """Opens denoiser and, if the settings say so, text encoders, and gives each an adapter: new, or that of a folder.
+
+    Raises MituneError for a rank that is too large, and an adapter to start from that does not fit.
+    """
+    modules = {components.denoiser_name: components.denoiser()}
+    text_pipe = None
+    if config.text_encoder:
+        text_pipe = components.text_pipeline()
+        modules |= {name: getattr(text_pipe, name) for name in components.text_encoder_names}
+    for module in modules.values():
+        check_rank(module, config.rank)
+        add_adapter(module, config)
+    if start_from is not None:
+        load_weights(start_from, modules)
+    modules[components.denoiser_name].to(device)
+    if text_pipe is not None:
+        text_pipe.to(device)
+    call = call_arguments(components.config)
+    return AdaptedNetwork(modules=modules, text_pipe=text_pipe, call=call, device=device)
+
+
+def check_fit(network: AdaptedNetwork, images: TrainingSet, path: NoisePath, model: str) -> None:
+    """One image through the network: a set of another model has latents or embeddings of other shapes.
+
+    Raises MituneError if it is one.
+    """
+    rows, latents = torch.zeros(1, dtype=torch.long), images.latents[:1]
+    timesteps = torch.full((1,), 0.5 * path.training_steps)
+    batch = Draw(rows, torch.zeros_like(latents), timesteps, rows).batch(rows, images, path, network.device)
+    misfit = f"The set does not fit the {type(network.denoiser).__name__} of {model}"
+    try:
+        with torch.no_grad():
+            predicted = network_output(network.denoiser, batch.latents, batch.conditioning, batch.timesteps)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # every family has errors of its own
+        raise MituneError(f"{misfit} ({first_line(error)}); name the model that made it with --model.") from error
+    if predicted.shape != latents.shape:
+        shapes = f"{tuple(latents.shape[1:])} in, {tuple(predicted.shape[1:])} out"
+        raise MituneError(f"{misfit} (latents {shapes}); name the model that made it with --model.")
+    if network.text_pipe is not None:
+        _check_text(network, batch)
+
+
+def _check_text(network: AdaptedNetwork, batch: Batch) -> None:
+    """The prompts must still give what the denoiser was told when the images were made, in shape at least."""
+    with torch.no_grad():
+        encoded = encode(network.text_pipe, batch.prompts, network.call, batch.conditioning)
+    for name, tensor in encoded.items():
+        cached = batch.conditioning[name]
+        if tensor.shape[1:] != cached.shape[1:]:
+            raise MituneError(
+                f"The prompts give {name} of shape {tuple(tensor.shape[1:])}, but the set holds "
+                f"{tuple(cached.shape[1:])}; set model.call as it was when the set was made."
+            )
+
+
+@contextmanager
+def fast_layers(network: AdaptedNetwork, *, merged: bool, compiled: bool) -> Iterator[None]:
+    """Faster layers for the time of training; the modules come out as PEFT and diffusers know them."""
+    modules = list(network.modules.values())
+    with ExitStack() as stack:
+        stack.enter_context(channels_last(modules))
+        if merged:
+            stack.enter_context(merged_layers(modules))
+        if compiled:  # last, as it is to find the layers as they are now
+            compile_denoiser(network.denoiser, network.device)
+            stack.callback(delattr, network.denoiser, "forward")
+        yield
