@@ -75,6 +75,9 @@ def tune(
     candidates: Candidates = None,
     keep: Keep = None,
     select: Selection = None,
+    method: Annotated[
+        str | None, Option(help="Method, mi-tune unless named; or module:attribute of a file of your own.")
+    ] = None,
     rounds: Annotated[int | None, Option(help="Rounds of pool and fine-tuning (R).")] = None,
     guidance_scale: Guidance = None,
     race: Race = None,
@@ -101,7 +104,7 @@ def tune(
         "model.name": model, "model.guidance_scale": guidance_scale, "model.device": device, "prompts": prompts,
         "prompt_field": prompt_field, "eval_prompts": eval_prompts, "pool.candidates": candidates, "pool.keep": keep,
         "pool.select": select, "pool.race": _rungs(race), "pool.negatives": negatives, "pool.seed": seed,
-        "rounds": rounds,
+        "method": method, "rounds": rounds,
     }  # fmt: skip
     _tune(settings_of(preset, config_file, assignments, options), run)
 

@@ -167,6 +167,7 @@ class Config:
     eval_prompts: str | None = None  # None: no verdict
     metric: str | None = None  # judges images, by name or module:attribute; None: what comes with prompts or model
     prompt_field: str | None = None  # JSON field or column of these files that holds the prompts; None: a guess
+    method: str = "mi-tune"  # what makes the variants to judge: a name of `mitune list methods`, or module:attribute
     rounds: Annotated[int, Range(least=1, most=1000)] = 1  # R
 
     def __post_init__(self) -> None:

@@ -61,7 +61,6 @@ class NetworkDenoiser:
         output = self.prediction(noisy, timesteps, conditioning)
         shape = (-1, *[1] * (noisy.ndim - 1)) if log_snr.ndim else ()
         alpha, sigma = (
-            level.float().reshape(shape).to(noisy.device)
-            for level in alpha_sigma(log_snr, is_flow=self.path.is_flow)
+            level.float().reshape(shape).to(noisy.device) for level in alpha_sigma(log_snr, is_flow=self.path.is_flow)
         )
         return epsilon_and_sample(output, noisy, alpha, sigma, self.path.predicts, is_flow=self.path.is_flow)[0]
