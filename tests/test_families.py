@@ -237,7 +237,7 @@ def test_training(case, tmp_path):
     batch = drawn.batch(torch.arange(len(drawn.rows)), images, path, cpu)
     losses = []
     for each in (model, tuned):
-        network = AdaptedNetwork(modules={"denoiser": denoiser_of(each.pipe)}, text_pipe=None, call={}, device=cpu)
+        network = AdaptedNetwork(modules={"denoiser": denoiser_of(each.pipe)}, text_encoders=None, device=cpu)
         with torch.no_grad():
             losses.append(Denoising()(batch, network).mean().item())
     row = json.loads((done.adapter / "training.jsonl").read_text())

@@ -1,6 +1,7 @@
 """Methods: one from a user's own file, and what a run says of the variants that it was given."""
 
 import sys
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -10,9 +11,10 @@ from mitune.evaluation.variant import VARIANTS, Variant, check_names, read_varia
 from mitune.methods.base import METHODS
 from tests.test_cli_errors import invoke
 
+DOCS = Path(__file__).parents[1] / "docs"
 MINE = """
+
 from mitune import MituneError
-from mitune.evaluation.variant import Variant
 
 class Nothing:
     def check(self, config, prompts, base):
@@ -40,10 +42,11 @@ class Unprepared:
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """The current folder, with a user's own file and two prompts."""
+    """The current folder, with two prompts and a user's own file: that of the docs, and further methods."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    (tmp_path / "mine.py").write_text(MINE)
+    page = (DOCS / "own-method.md").read_text(encoding="utf-8")
+    (tmp_path / "mine.py").write_text(page.split("```")[1].removeprefix("python") + MINE, encoding="utf-8")
     (tmp_path / "two.txt").write_text("a red circle\nthree green crosses\n")
     yield tmp_path
     sys.modules.pop("mine", None)
@@ -71,6 +74,13 @@ def test_method_of_a_users_own_file(here):
     assert variants == {"base", "nothing", "more guidance", "base, guidance 3"}
     status, shown = tune("mi-tune", "--eval-prompts", "two.txt")
     assert (status, 'method: "mine:Nothing" there, "mi-tune" now' in shown) == (2, True), shown
+
+
+def test_method_of_the_docs(here):
+    status, shown = tune("mine:MoreGuidance", "--eval-prompts", "two.txt")
+    assert status == 0, shown
+    variants = pq.read_table(here / "run" / "eval" / "images.parquet")["variant"].to_pylist()
+    assert list(dict.fromkeys(variants)) == ["base", "guidance 4", "guidance 6"]
 
 
 @pytest.mark.parametrize(

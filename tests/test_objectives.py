@@ -3,6 +3,7 @@
 import json
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from mitune.config.schema import FinetuneConfig
+from mitune.denoiser.encoding import TextEncoders
+from mitune.denoiser.network import rows_counted
 from mitune.denoiser.opening.components import Components
 from mitune.denoiser.path import path_of
 from mitune.errors import MituneError
@@ -25,6 +28,7 @@ from tests.sets import saved_pipeline, write_set
 from tests.test_cli_errors import invoke
 
 CPU = torch.device("cpu")
+DOCS = Path(__file__).parents[1] / "docs"
 
 
 def batch_of(scheduler, latents, noise, timesteps, **changes):
@@ -35,7 +39,7 @@ def batch_of(scheduler, latents, noise, timesteps, **changes):
 
 
 def network_of(modules):
-    return AdaptedNetwork(modules=modules, text_pipe=None, call={}, device=CPU)
+    return AdaptedNetwork(modules=modules, text_encoders=None, device=CPU)
 
 
 def latents_and_noise():
@@ -127,8 +131,8 @@ def opened(world, kind, config):
     scheduler = components.scheduler()
     path = path_of(scheduler)
     batch = draw(images, path, 1.0, config, 0).batch(torch.arange(4), images, path, CPU)
-    text_pipe = components.text_pipeline() if config.text_encoder else None
-    base = AdaptedNetwork(modules={"base": components.denoiser()}, text_pipe=text_pipe, call=model.call, device=CPU)
+    text_encoders = TextEncoders(components.text_pipeline(), [], model.call) if config.text_encoder else None
+    base = AdaptedNetwork(modules={"base": components.denoiser()}, text_encoders=text_encoders, device=CPU)
     return open_network(components, config, CPU, None), batch, base
 
 
@@ -156,7 +160,9 @@ def test_reference_is_the_prediction_of_the_base(kind, adapter, text, merged, wo
     with torch.no_grad(), fast_layers(base, merged=False, compiled=False):
         expected = base(batch)
     with fast_layers(network, merged=merged, compiled=False):
-        assert torch.equal(network.reference(batch), expected)
+        with rows_counted(network.denoiser) as rows:
+            assert torch.equal(network.reference(batch), expected)
+        assert rows == [4]  # one pass
         if adapter == "lora":
             assert torch.equal(network(batch), expected)
         else:  # DoRA's m / ‖V‖ is one but for rounding
@@ -213,14 +219,6 @@ def test_weights_of_a_set_are_those_of_its_loss(micro_batch_size, world, tmp_pat
 
 
 MINE = """
-import torch
-
-class Half:
-    needs = "kept"
-    def __call__(self, batch, network):
-        base = network.reference(batch)
-        target = base + 0.5 * (batch.target - base)
-        return (network(batch) - target).square().flatten(1).mean(dim=1)
 
 class Advantage:
     needs = "ranked"
@@ -233,10 +231,11 @@ class Preference(Half):
     needs = "ranked"
     def __call__(self, batch, network):
         from dataclasses import replace
+        from torch.nn.functional import logsigmoid
         def gain(batch):
             errors = [(f(batch) - batch.target).square().flatten(1).mean(dim=1) for f in (network, network.reference)]
             return errors[1] - errors[0]
-        return -torch.nn.functional.logsigmoid(100 * (gain(batch) - gain(replace(batch, latents=batch.worse))))
+        return -logsigmoid(100 * (gain(batch) - gain(replace(batch, latents=batch.worse))))
 
 class Mean(Half):
     def __call__(self, batch, network):
@@ -250,10 +249,11 @@ class Frozen(Half):
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """The current folder, with a user's own file."""
+    """The current folder, with a user's own file: that of the docs, and further objectives."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    (tmp_path / "mine.py").write_text(MINE)
+    page = (DOCS / "own-objective.md").read_text(encoding="utf-8")
+    (tmp_path / "mine.py").write_text(page.split("```")[1].removeprefix("python") + MINE, encoding="utf-8")
     yield tmp_path
     sys.modules.pop("mine", None)
 

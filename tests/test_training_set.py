@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from mitune.config.schema import FinetuneConfig, ModelConfig
 from mitune.denoiser.opening.identity import model_parts
 from mitune.errors import MituneError
-from mitune.finetuning.adapter import public_name
+from mitune.finetuning.card import public_name
 from mitune.finetuning.dataset import TrainingSet, model_of
 from mitune.finetuning.run import finetune
 from mitune.run.seals import write_seal

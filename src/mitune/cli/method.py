@@ -217,7 +217,7 @@ def train(
 
     Example:  mitune train runs/color/sets/contrast --set finetune.adapter=dora -o runs/color/adapter
     """
-    from mitune.finetuning.adapter import check_new, export_fused
+    from mitune.denoiser.fusing import check_new, export_fused
     from mitune.finetuning.dataset import model_of
     from mitune.finetuning.run import finetune
 

@@ -4,13 +4,37 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from mitune.errors import ModelError
 
 _POOLED = ("pooled_projections", "added_cond_kwargs.text_embeds")  # what SD3 and SDXL call the pooled prompt
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TextEncoders:
+    """Text encoders of a pipeline."""
+
+    pipe: Any  # with its tokenizers and text encoders, at least
+    names: Sequence[str]  # of those that are trained
+    call: Mapping[str, Any]  # arguments of the pipeline's call, e.g. max_sequence_length
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """The text encoders that are trained, by component name."""
+        return {name: getattr(self.pipe, name) for name in self.names}
+
+    def to(self, device: torch.device) -> None:
+        """Moves all of the pipeline."""
+        self.pipe.to(device)
+
+    def __call__(self, prompts: Sequence[str], names: Collection[str]) -> dict[str, Tensor]:
+        """The prompts' conditioning, see `encode`."""
+        return encode(self.pipe, prompts, self.call, names)
 
 
 def encode(pipe: Any, prompts: Sequence[str], call: Mapping[str, Any], names: Collection[str]) -> dict[str, Tensor]:

@@ -6,14 +6,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from mitune.config.schema import FinetuneConfig
-from mitune.denoiser.encoding import encode
+from mitune.denoiser.encoding import TextEncoders
 from mitune.denoiser.network import compile_denoiser, network_output
 from mitune.denoiser.opening.components import Components
 from mitune.denoiser.opening.models import call_arguments
@@ -32,8 +31,7 @@ class AdaptedNetwork:
     depend on more than its seed."""
 
     modules: Mapping[str, nn.Module]  # by component name, each with an adapter: the denoiser, then text encoders
-    text_pipe: Any  # the pipeline of these text encoders; None where the prompts' conditioning is that of the set
-    call: Mapping[str, Any]  # arguments of the pipeline's call, which the text encoders may need
+    text_encoders: TextEncoders | None  # None where the prompts' conditioning is that of the set
     device: torch.device
 
     @property
@@ -43,8 +41,8 @@ class AdaptedNetwork:
     def __call__(self, batch: Batch) -> Tensor:
         """The prediction with the adapters, (B, C, H, W), float32."""
         conditioning = dict(batch.conditioning)
-        if self.text_pipe is not None:
-            conditioning |= encode(self.text_pipe, batch.prompts, self.call, conditioning)
+        if self.text_encoders is not None:
+            conditioning |= self.text_encoders(batch.prompts, conditioning)
         return network_output(self.denoiser, batch.noisy, conditioning, batch.timesteps)
 
     def reference(self, batch: Batch) -> Tensor:
@@ -74,20 +72,20 @@ def open_network(
     Raises MituneError for a rank that is too large, and an adapter to start from that does not fit.
     """
     modules = {components.denoiser_name: components.denoiser()}
-    text_pipe = None
+    text_encoders = None
     if config.text_encoder:
-        text_pipe = components.text_pipeline()
-        modules |= {name: getattr(text_pipe, name) for name in components.text_encoder_names}
+        call = call_arguments(components.config)
+        text_encoders = TextEncoders(components.text_pipeline(), components.text_encoder_names, call)
+        modules |= text_encoders.modules
     for module in modules.values():
         check_rank(module, config.rank)
         add_adapter(module, config)
     if start_from is not None:
         load_weights(start_from, modules)
     modules[components.denoiser_name].to(device)
-    if text_pipe is not None:
-        text_pipe.to(device)
-    call = call_arguments(components.config)
-    return AdaptedNetwork(modules=modules, text_pipe=text_pipe, call=call, device=device)
+    if text_encoders is not None:
+        text_encoders.to(device)
+    return AdaptedNetwork(modules=modules, text_encoders=text_encoders, device=device)
 
 
 def check_fit(network: AdaptedNetwork, images: TrainingSet, path: NoisePath, model: str) -> None:
@@ -109,14 +107,14 @@ def check_fit(network: AdaptedNetwork, images: TrainingSet, path: NoisePath, mod
     if predicted.shape != latents.shape:
         shapes = f"{tuple(latents.shape[1:])} in, {tuple(predicted.shape[1:])} out"
         raise MituneError(f"{misfit} (latents {shapes}); name the model that made it with --model.")
-    if network.text_pipe is not None:
-        _check_text(network, batch)
+    if network.text_encoders is not None:
+        _check_text(network.text_encoders, batch)
 
 
-def _check_text(network: AdaptedNetwork, batch: Batch) -> None:
+def _check_text(text_encoders: TextEncoders, batch: Batch) -> None:
     """The prompts must still give what the denoiser was told when the images were made, in shape at least."""
     with torch.no_grad():
-        encoded = encode(network.text_pipe, batch.prompts, network.call, batch.conditioning)
+        encoded = text_encoders(batch.prompts, batch.conditioning)
     for name, tensor in encoded.items():
         cached = batch.conditioning[name]
         if tensor.shape[1:] != cached.shape[1:]:

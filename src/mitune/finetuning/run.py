@@ -24,7 +24,8 @@ from mitune.denoiser.opening.identity import model_identity, model_parts, settin
 from mitune.denoiser.opening.models import device_of, parts_of
 from mitune.denoiser.path import path_of
 from mitune.errors import MituneError
-from mitune.finetuning.adapter import check_rank, save_adapter, trainable, write_card
+from mitune.finetuning.adapter import check_rank, save_adapter, trainable
+from mitune.finetuning.card import write_card
 from mitune.finetuning.checkpoint import TrainingState
 from mitune.finetuning.dataset import TrainingSet
 from mitune.finetuning.draws import shift_of
@@ -169,9 +170,9 @@ def _finished(output: Path) -> dict[str, Any] | None:
 @contextmanager
 def _accelerator(config: FinetuneConfig, device: torch.device) -> Iterator[Accelerator]:
     """accelerate keeps its settings once a process; they are handed back, so that the next call may have others."""
-    found = is_initialized()
+    was_initialized = is_initialized()
     try:
         yield Accelerator(mixed_precision=config.precision, cpu=device.type == "cpu")
     finally:
-        if not found:
+        if not was_initialized:
             AcceleratorState._reset_state(reset_partial_state=True)
