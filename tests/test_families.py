@@ -15,6 +15,7 @@ from peft import PeftModel
 
 from mitune.config.schema import FinetuneConfig, ModelConfig, PoolConfig
 from mitune.denoiser.batches import called_through
+from mitune.denoiser.epsilon import NetworkDenoiser
 from mitune.denoiser.network import denoiser_of, network_output
 from mitune.denoiser.opening.components import Components
 from mitune.denoiser.opening.models import Model, load_adapter, load_model, prompted
@@ -237,7 +238,7 @@ def test_training(case, tmp_path):
     batch = drawn.batch(torch.arange(len(drawn.rows)), images, path, cpu)
     losses = []
     for each in (model, tuned):
-        network = AdaptedNetwork(modules={"denoiser": denoiser_of(each.pipe)}, text_encoders=None, device=cpu)
+        network = AdaptedNetwork(denoiser=NetworkDenoiser.of(each.pipe), modules={}, text_encoders=None)
         with torch.no_grad():
             losses.append(Denoising()(batch, network).mean().item())
     row = json.loads((done.adapter / "training.jsonl").read_text())

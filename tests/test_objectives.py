@@ -13,6 +13,7 @@ from torch import nn
 
 from mitune.config.schema import FinetuneConfig
 from mitune.denoiser.encoding import TextEncoders
+from mitune.denoiser.epsilon import NetworkDenoiser
 from mitune.denoiser.network import rows_counted
 from mitune.denoiser.opening.components import Components
 from mitune.denoiser.path import path_of
@@ -38,8 +39,8 @@ def batch_of(scheduler, latents, noise, timesteps, **changes):
     return Batch(**(fields | changes), path=path_of(scheduler))
 
 
-def network_of(modules):
-    return AdaptedNetwork(modules=modules, text_encoders=None, device=CPU)
+def network_of(network, scheduler):
+    return AdaptedNetwork(denoiser=NetworkDenoiser(network, path_of(scheduler), CPU), modules={}, text_encoders=None)
 
 
 def latents_and_noise():
@@ -106,7 +107,7 @@ def test_loss_of_an_exact_denoiser_is_its_offset_squared_times_the_weight(schedu
     denoiser, t = ExactDenoiser(scheduler, latents), torch.tensor([100.0, 300.0, 500.0, 700.0, 900.0])
     conditioning, weights = {"encoder_hidden_states": torch.zeros(5, 2, 3)}, torch.tensor([1.0, 0.0, 0.5, 2.0, 1.5])
     batch = batch_of(scheduler, latents, noise, t, conditioning=conditioning, weights=weights)
-    losses = Denoising()(batch, network_of({"unet": denoiser}))
+    losses = Denoising()(batch, network_of(denoiser, scheduler))
     assert torch.allclose(losses, 0.25 * weights, atol=1e-3)
     assert torch.equal(denoiser.told, t)
 
@@ -132,7 +133,8 @@ def opened(world, kind, config):
     path = path_of(scheduler)
     batch = draw(images, path, 1.0, config, 0).batch(torch.arange(4), images, path, CPU)
     text_encoders = TextEncoders(components.text_pipeline(), [], model.call) if config.text_encoder else None
-    base = AdaptedNetwork(modules={"base": components.denoiser()}, text_encoders=text_encoders, device=CPU)
+    denoiser = NetworkDenoiser(components.denoiser(), path, CPU)
+    base = AdaptedNetwork(denoiser=denoiser, modules={"base": denoiser.network}, text_encoders=text_encoders)
     return open_network(components, config, CPU, None), batch, base
 
 
@@ -160,7 +162,7 @@ def test_reference_is_the_prediction_of_the_base(kind, adapter, text, merged, wo
     with torch.no_grad(), fast_layers(base, merged=False, compiled=False):
         expected = base(batch)
     with fast_layers(network, merged=merged, compiled=False):
-        with rows_counted(network.denoiser) as rows:
+        with rows_counted(network.denoiser.network) as rows:
             assert torch.equal(network.reference(batch), expected)
         assert rows == [4]  # one pass
         if adapter == "lora":

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from mitune.config.schema import FinetuneConfig
 from mitune.denoiser.encoding import TextEncoders
-from mitune.denoiser.network import compile_denoiser, network_output
+from mitune.denoiser.epsilon import NetworkDenoiser
+from mitune.denoiser.network import compile_denoiser
 from mitune.denoiser.opening.components import Components
 from mitune.denoiser.opening.models import call_arguments
-from mitune.denoiser.path import NoisePath
+from mitune.denoiser.path import path_of
 from mitune.errors import MituneError, first_line
 from mitune.finetuning.adapter import add_adapter, check_rank, load_weights
 from mitune.finetuning.dataset import TrainingSet
@@ -30,20 +31,16 @@ class AdaptedNetwork:
     """A `Network` of the objectives. All stays in evaluation mode, as it was opened: dropout would make an iteration
     depend on more than its seed."""
 
-    modules: Mapping[str, nn.Module]  # by component name, each with an adapter: the denoiser, then text encoders
+    denoiser: NetworkDenoiser
+    modules: Mapping[str, nn.Module]  # those with an adapter, by component name: the denoiser's network, text encoders
     text_encoders: TextEncoders | None  # None where the prompts' conditioning is that of the set
-    device: torch.device
-
-    @property
-    def denoiser(self) -> nn.Module:
-        return next(iter(self.modules.values()))
 
     def __call__(self, batch: Batch) -> Tensor:
         """The prediction with the adapters, (B, C, H, W), float32."""
         conditioning = dict(batch.conditioning)
         if self.text_encoders is not None:
             conditioning |= self.text_encoders(batch.prompts, conditioning)
-        return network_output(self.denoiser, batch.noisy, conditioning, batch.timesteps)
+        return self.denoiser.prediction(batch.noisy, batch.timesteps, conditioning)
 
     def reference(self, batch: Batch) -> Tensor:
         """The prediction without any adapter, (B, C, H, W), float32, without gradients."""
@@ -82,24 +79,24 @@ def open_network(
         add_adapter(module, config)
     if start_from is not None:
         load_weights(start_from, modules)
-    modules[components.denoiser_name].to(device)
+    denoiser = NetworkDenoiser(modules[components.denoiser_name].to(device), path_of(components.scheduler()), device)
     if text_encoders is not None:
         text_encoders.to(device)
-    return AdaptedNetwork(modules=modules, text_encoders=text_encoders, device=device)
+    return AdaptedNetwork(denoiser=denoiser, modules=modules, text_encoders=text_encoders)
 
 
-def check_fit(network: AdaptedNetwork, images: TrainingSet, path: NoisePath, model: str) -> None:
+def check_fit(network: AdaptedNetwork, images: TrainingSet, model: str) -> None:
     """One image through the network: a set of another model has latents or embeddings of other shapes.
 
     Raises MituneError if it is one.
     """
-    rows, latents = torch.zeros(1, dtype=torch.long), images.latents[:1]
-    timesteps = torch.full((1,), 0.5 * path.training_steps)
-    batch = Draw(rows, torch.zeros_like(latents), timesteps, rows).batch(rows, images, path, network.device)
-    misfit = f"The set does not fit the {type(network.denoiser).__name__} of {model}"
+    denoiser, rows, latents = network.denoiser, torch.zeros(1, dtype=torch.long), images.latents[:1]
+    timesteps = torch.full((1,), 0.5 * denoiser.path.training_steps)
+    batch = Draw(rows, torch.zeros_like(latents), timesteps, rows).batch(rows, images, denoiser.path, denoiser.device)
+    misfit = f"The set does not fit the {type(denoiser.network).__name__} of {model}"
     try:
         with torch.no_grad():
-            predicted = network_output(network.denoiser, batch.latents, batch.conditioning, batch.timesteps)
+            predicted = denoiser.prediction(batch.latents, batch.timesteps, batch.conditioning)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # every family has errors of its own
@@ -133,6 +130,6 @@ def fast_layers(network: AdaptedNetwork, *, merged: bool, compiled: bool) -> Ite
         if merged:
             stack.enter_context(merged_layers(modules))
         if compiled:  # last, as it is to find the layers as they are now
-            compile_denoiser(network.denoiser, network.device)
-            stack.callback(delattr, network.denoiser, "forward")
+            compile_denoiser(network.denoiser.network, network.denoiser.device)
+            stack.callback(delattr, network.denoiser.network, "forward")
         yield

@@ -22,7 +22,6 @@ from mitune.denoiser.opening.adapter_file import PEFT_CONFIG, PEFT_WEIGHTS, WEIG
 from mitune.denoiser.opening.components import Components
 from mitune.denoiser.opening.identity import model_identity, model_parts, settings_that_matter
 from mitune.denoiser.opening.models import device_of, parts_of
-from mitune.denoiser.path import path_of
 from mitune.errors import MituneError
 from mitune.finetuning.adapter import check_rank, save_adapter, trainable
 from mitune.finetuning.card import write_card
@@ -105,12 +104,10 @@ def _train(
     progress: Progress | None,
 ) -> TrainingState:
     """Trains the adapters of `network` to the end, and leaves in them what is to be saved."""
-    scheduler = components.scheduler()
-    path, shift = path_of(scheduler), shift_of(scheduler)
     with accelerator.autocast():
-        check_fit(network, images, path, components.config.name)
+        check_fit(network, images, components.config.name)
     first = {name: value.detach().cpu().clone() for name, value in trainable(network.modules).items()}
-    trainer = Trainer(network, objective, images, config, accelerator, path=path, shift=shift)
+    trainer = Trainer(network, objective, images, config, accelerator, shift=shift_of(components.scheduler()))
     # In mixed precision, merged weights would be rounded, and small changes lost.
     with fast_layers(network, merged=config.precision == "no", compiled=components.config.compile):
         trainer.run(output / _CHECKPOINT, output / _HISTORY, progress)

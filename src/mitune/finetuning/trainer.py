@@ -19,7 +19,6 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 
 from mitune.config.schema import FinetuneConfig
-from mitune.denoiser.path import NoisePath
 from mitune.errors import MituneError
 from mitune.finetuning.adapter import trainable
 from mitune.finetuning.checkpoint import TrainingState
@@ -46,11 +45,11 @@ class Trainer:
         config: FinetuneConfig,
         accelerator: Accelerator,
         *,
-        path: NoisePath,
         shift: float,
     ) -> None:
         self.network, self.objective, self.images, self.config = network, objective, images, config
-        self.accelerator, self.path, self.shift = accelerator, path, shift
+        self.accelerator, self.shift = accelerator, shift
+        self.path, self.device = network.denoiser.path, network.denoiser.device
         self.watch = LossWatch.of(images)
         parameters = trainable(network.modules)
         optimizer = _optimizer(parameters, config)
@@ -137,10 +136,10 @@ class Trainer:
             log.warning("Out of memory; going on with micro-batches of %d.", self.state.micro_batch_size)
 
     def _backward(self, batch: Draw) -> Tensor:
-        total = torch.zeros((), device=self.network.device)
+        total = torch.zeros((), device=self.device)
         for part in torch.split(torch.arange(len(batch.rows)), self.state.micro_batch_size):
             with self.accelerator.autocast():
-                noised = batch.batch(part, self.images, self.path, self.network.device)
+                noised = batch.batch(part, self.images, self.path, self.device)
                 losses = losses_of(self.objective, noised, self.network)
             # Over the whole batch, not the part: so the gradients of any split add up to the same.
             loss = losses.sum() / len(batch.rows)
