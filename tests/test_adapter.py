@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mitune.config.schema import FinetuneConfig, ModelConfig
+from mitune.denoiser.fusing import export_fused
 from mitune.denoiser.opening.components import Components
 from mitune.errors import MituneError, ModelError
 from mitune.finetuning.adapter import (
@@ -23,12 +24,11 @@ from mitune.finetuning.adapter import (
     adapted_layers,
     add_adapter,
     check_rank,
-    export_fused,
     load_weights,
     save_adapter,
     trainable,
-    write_card,
 )
+from mitune.finetuning.card import write_card
 from tests.sets import images_of, saved_pipeline
 from tests.tiny import tiny_sd, tiny_sd3
 

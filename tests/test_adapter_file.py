@@ -8,9 +8,10 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from mitune.config.schema import FinetuneConfig, ModelConfig
+from mitune.denoiser.fusing import export_fused
 from mitune.denoiser.opening.adapter_file import WEIGHTS_FILE, adapter_checksum, load_adapter
 from mitune.errors import ModelError
-from mitune.finetuning.adapter import add_adapter, export_fused, save_adapter, trainable
+from mitune.finetuning.adapter import add_adapter, save_adapter, trainable
 from tests.sets import images_of, tiny_sdxl
 from tests.tiny import tiny_sd, tiny_sd3
 

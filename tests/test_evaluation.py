@@ -6,8 +6,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from mitune.config.schema import Config, EvalConfig, ModelConfig
-from mitune.evaluation.evaluate import Variant, evaluate
+from mitune.evaluation.evaluate import evaluate
 from mitune.evaluation.metrics.base import Judgment
+from mitune.evaluation.variant import Variant
 from mitune.worlds.base import Listed
 from tests.families import CASES
 

@@ -16,6 +16,7 @@ from peft import PeftModel
 
 from mitune.config.schema import FinetuneConfig, ModelConfig, PoolConfig
 from mitune.denoiser.batches import called_through
+from mitune.denoiser.epsilon import NetworkDenoiser
 from mitune.denoiser.network import denoiser_of, network_output
 from mitune.denoiser.opening.components import Components
 from mitune.denoiser.opening.models import Model, load_adapter, load_model, prompted
@@ -25,7 +26,9 @@ from mitune.denoiser.probe import MIProbe
 from mitune.errors import GuidanceError, MituneError, ModelError
 from mitune.finetuning.adapter import WEIGHTS_FILE, add_adapter, save_adapter, trainable
 from mitune.finetuning.dataset import TrainingSet
-from mitune.finetuning.loss import denoising_errors, draw, shift_of
+from mitune.finetuning.draws import draw, shift_of
+from mitune.finetuning.network import AdaptedNetwork
+from mitune.finetuning.objectives.denoising import Denoising
 from mitune.finetuning.run import finetune
 from mitune.information.core import get_score
 from mitune.pool.build import build_pool
@@ -238,13 +241,14 @@ def test_training(case, tmp_path):
     done = finetune(config, pool.sets["contrast"], tmp_path / "adapter", settings)
     tuned = load_model(config, adapter=done.adapter)
     scheduler = Components.of(config).scheduler()
-    batch = draw(images, path_of(scheduler), shift_of(scheduler), settings, 0)
-    told = {name: value[batch.rows] for name, value in images.conditioning.items()}
+    path, cpu = path_of(scheduler), torch.device("cpu")
+    drawn = draw(images, path, shift_of(scheduler), settings, 0)
+    batch = drawn.batch(torch.arange(len(drawn.rows)), images, path, cpu)
     losses = []
     for each in (model, tuned):
-        given = (images.latents[batch.rows], told, batch.noise, batch.timesteps, path_of(scheduler))
+        network = AdaptedNetwork(denoiser=NetworkDenoiser.of(each.pipe), modules={}, text_encoders=None)
         with torch.no_grad():
-            losses.append(denoising_errors(denoiser_of(each.pipe), *given).mean().item())
+            losses.append(Denoising()(batch, network).mean().item())
     row = json.loads((done.adapter / "training.jsonl").read_text())
     assert losses[0] == pytest.approx(row["loss"], rel=1e-4)
     assert losses[1] < losses[0]

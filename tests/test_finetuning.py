@@ -10,11 +10,11 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 import mitune.finetuning.run
-import mitune.finetuning.trainer as module
 from mitune.config.schema import FinetuneConfig, ModelConfig
 from mitune.denoiser.opening.components import Components
 from mitune.errors import MituneError, ModelError
 from mitune.finetuning.adapter import WEIGHTS_FILE
+from mitune.finetuning.objectives.denoising import Denoising
 from mitune.finetuning.run import finetune
 from mitune.run.sealed import unpack
 from mitune.run.stopping import Stopped, signals_raised
@@ -194,7 +194,7 @@ def test_signal_leaves_a_checkpoint_of_the_last_whole_iteration(every, world, tm
     """A signal in the backward pass of the fourth iteration, long before the first checkpoint is due."""
     model, dataset = world["sd"]
     config = config_of(iterations=5, adapter="dora", ema=0.9, checkpoint_every=every)
-    errors, calls = module.denoising_errors, []
+    errors, calls = Denoising.__call__, []
 
     def interrupted(*arguments):
         calls.append(1)
@@ -202,7 +202,7 @@ def test_signal_leaves_a_checkpoint_of_the_last_whole_iteration(every, world, tm
             signal.raise_signal(signal.SIGTERM)
         return errors(*arguments)
 
-    monkeypatch.setattr(module, "denoising_errors", interrupted)
+    monkeypatch.setattr(Denoising, "__call__", interrupted)
     with pytest.raises(Stopped), signals_raised():
         finetune(model, dataset, tmp_path / "stopped", config)
     state, _ = unpack((tmp_path / "stopped" / "checkpoint" / "state.safetensors").read_bytes())
@@ -237,13 +237,13 @@ def test_signal_in_a_step_waits_for_its_end(world, tmp_path, monkeypatch):
 
 def test_loss_that_is_nan_skips_its_iteration(world, tmp_path, monkeypatch):
     model, dataset = world["sd"]
-    errors, calls, seen = module.denoising_errors, [], []
+    errors, calls, seen = Denoising.__call__, [], []
 
     def sometimes_nan(*arguments):
         calls.append(1)
         return errors(*arguments) * (torch.nan if len(calls) == 2 else 1.0)
 
-    monkeypatch.setattr(module, "denoising_errors", sometimes_nan)
+    monkeypatch.setattr(Denoising, "__call__", sometimes_nan)
     config = config_of(iterations=4, ema=0.5, checkpoint_every=1)
     weights = {}
 
@@ -267,8 +267,8 @@ def test_loss_that_is_nan_skips_its_iteration(world, tmp_path, monkeypatch):
 def test_run_without_a_sensible_loss_fails(factor, iterations, world, tmp_path, monkeypatch):
     """Soon, rather than at its end, and again when it is taken up."""
     model, dataset = world["sd"]
-    errors, seen = module.denoising_errors, []
-    monkeypatch.setattr(module, "denoising_errors", lambda *arguments: errors(*arguments) * factor)
+    errors, seen = Denoising.__call__, []
+    monkeypatch.setattr(Denoising, "__call__", lambda *arguments: errors(*arguments) * factor)
     for _ in range(2):
         with pytest.raises(
             MituneError, match=r"diverged, and no adapter is written: .* finetune\.learning_rate.*dtype"
@@ -301,15 +301,15 @@ def test_weights_that_are_not_finite_are_never_written(world, tmp_path, monkeypa
 
 
 def out_of_memory_above(limit, monkeypatch):
-    errors, sizes = module.denoising_errors, []
+    errors, sizes = Denoising.__call__, []
 
-    def limited(denoiser, latents, *arguments):
-        sizes.append(len(latents))
-        if len(latents) > limit:
+    def limited(self, batch, network):
+        sizes.append(len(batch.latents))
+        if len(batch.latents) > limit:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return errors(denoiser, latents, *arguments)
+        return errors(self, batch, network)
 
-    monkeypatch.setattr(module, "denoising_errors", limited)
+    monkeypatch.setattr(Denoising, "__call__", limited)
     return sizes
 
 
@@ -338,7 +338,7 @@ def test_other_errors_are_not_taken_for_lack_of_memory(world, tmp_path, monkeypa
     def broken(*_):
         raise RuntimeError("shapes cannot be multiplied")
 
-    monkeypatch.setattr(module, "denoising_errors", broken)
+    monkeypatch.setattr(Denoising, "__call__", broken)
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         finetune(model, dataset, tmp_path, config_of())
 

@@ -11,11 +11,12 @@ from safetensors.torch import save_file
 
 from benchmarks.published import SD21_BASE, SD35_MEDIUM, SDXL_BASE
 from mitune.config.schema import FinetuneConfig, ModelConfig
+from mitune.denoiser.fusing import export_fused
 from mitune.denoiser.network import denoiser_of
 from mitune.denoiser.opening.components import Components
 from mitune.denoiser.opening.models import guidance_name, load_model, prompted
 from mitune.errors import MituneError, ModelError
-from mitune.finetuning.adapter import adapted_layers, add_adapter, export_fused, save_adapter, trainable
+from mitune.finetuning.adapter import adapted_layers, add_adapter, save_adapter, trainable
 from tests.families import CASES, flux
 from tests.tiny import PROMPTS, tiny_sd
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from mitune.config.schema import FinetuneConfig, ModelConfig
 from mitune.denoiser.opening.identity import model_parts
 from mitune.errors import MituneError
-from mitune.finetuning.adapter import public_name
+from mitune.finetuning.card import public_name
 from mitune.finetuning.dataset import TrainingSet, model_of
 from mitune.finetuning.run import finetune
 from mitune.run.seals import write_seal
@@ -36,6 +36,16 @@ def test_weights_come_out_with_mean_one(tmp_path):
     assert images.weights.tolist() == [2.0, 0.0, 4.0, 0.0, 0.0, 0.0]
     images = TrainingSet.read(write_set("sd", tmp_path / "other", weights=[20.0] * 6))
     assert images.weights.tolist() == [1.0] * 6
+
+
+def test_advantages_make_a_set_ranked(tmp_path):
+    folder = write_set("sd", tmp_path / "set")
+    images = TrainingSet.read(folder)
+    assert (images.is_ranked, images.advantages.tolist()) == (False, [1.0] * 6)
+    for at in range(6):
+        _row(at, advantage=at - 3)(folder)
+    images = TrainingSet.read(folder)
+    assert (images.is_ranked, images.advantages.tolist()) == (True, [-3.0, -2.0, -1.0, 0.0, 1.0, 2.0])
 
 
 def test_checksum_tells_sets_apart(tmp_path):
@@ -63,13 +73,17 @@ def _latents(change):
     return apply
 
 
-def _weight(value):
+def _row(at, **values):
     def apply(folder):
         lines = (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
-        lines[0] = json.dumps(json.loads(lines[0]) | {"weight": value})
+        lines[at] = json.dumps(json.loads(lines[at]) | values)
         (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
     return apply
+
+
+def _weight(value):
+    return _row(0, weight=value)
 
 
 def _poison(latents):
@@ -86,8 +100,12 @@ def _poison(latents):
         (_cut("metadata.jsonl"), "damaged fine-tuning set"),
         (_latents(lambda latents: latents[:4].clone()), "6 rows of metadata but 4 of latents"),
         (_latents(_poison), "latents of row 3 are not finite"),
-        (_weight(-1.0), "must be finite and not negative"),
-        (_weight(float("nan")), "must be finite and not negative"),
+        (_weight(-1.0), "the weight of row 1, -1, must be finite and not negative"),
+        (_weight(float("nan")), "the weight of row 1, nan, must be finite and not negative"),
+        (_weight(1e300), "the weight of row 1, inf, must be finite and not negative"),
+        (_row(1, advantage=0.5), "1 of 6 rows have an advantage; give all one, or none"),
+        (_row(2, advantage=float("inf")), "the advantage of row 3, inf, must be finite"),
+        (lambda folder: [_row(at, weight=0)(folder) for at in range(6)], "every weight is 0"),
         (_weight("much"), "damaged fine-tuning set"),
         (_cut("latents.safetensors"), "damaged fine-tuning set"),
         (lambda folder: (folder / "metadata.jsonl").write_text("[]\n" * 6), "damaged fine-tuning set"),

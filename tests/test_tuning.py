@@ -36,7 +36,7 @@ def unjudged() -> ModelConfig:
 
 
 def test_eval_prompts_without_a_judge_are_refused_before_anything_is_made(tmp_path, unjudged):
-    with pytest.raises(MituneError, match="comes with no exact judge; leave eval_prompts out"):
+    with pytest.raises(MituneError, match="comes with a judge; name a metric with --metric"):
         tune(tiny(tmp_path, model=unjudged), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

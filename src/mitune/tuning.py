@@ -1,71 +1,62 @@
-"""The whole of Algorithm 1: pool, selection, fine-tuning, and again; then the verdict and the report.
+"""A whole run: a method makes variants of a model for given prompts; then the verdict and the report.
 
-prompts → pool → fine-tuning set → adapter → (next round, with the adapter) → evaluation → report
+prompts → method → variants → evaluation → report
 """
 
 from __future__ import annotations
 
-import json
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
 
 from mitune.config.resolve import write_config
-from mitune.config.schema import Config, PoolConfig
+from mitune.config.schema import Config
 from mitune.denoiser.opening.identity import model_identity, settings_that_matter
 from mitune.denoiser.opening.models import Model, load_model
 from mitune.errors import MituneError
-from mitune.evaluation.evaluate import Variant, evaluate
+from mitune.evaluation.evaluate import evaluate
 from mitune.evaluation.metrics.base import ImageMetric
 from mitune.evaluation.metrics.table import metric_for
-from mitune.finetuning.run import check_trainable, finetune
-from mitune.pool.build import build_pool
-from mitune.pool.scores import own_negatives, scores_of, want_negatives
-from mitune.pool.selection import parse_rule
+from mitune.evaluation.variant import BASE, Variant, check_names, read_variants, write_variants
+from mitune.methods.base import METHODS, Method
 from mitune.prompts.lists import load_prompts
 from mitune.report.build import build_report
 from mitune.run.locks import LOCK, sole_worker
-from mitune.run.store import SETTINGS, claim, read_again, write_json
+from mitune.run.store import SETTINGS, claim
+from mitune.run.work import Run, Stages, silent
 from mitune.worlds.base import Listed
 
-Step = Callable[[int, int], None]
 CONFIG = "config.yaml"  # of a run
-
-
-class Stages(Protocol):
-    """How a run shows its progress: a context manager a stage that hands out a callback of (done, total)."""
-
-    def __call__(self, title: str, /) -> AbstractContextManager[Step]: ...
-
-
-@contextmanager
-def silent(_title: str) -> Iterator[Step]:
-    """Shows nothing."""
-    yield lambda _done, _total: None
 
 
 @dataclass(frozen=True, slots=True)
 class TuneResult:
-    """Where a run left its adapters (of the last round, by selection), its verdict and its report."""
+    """Where a run left its variants, its verdict and its report."""
 
     run: Path
-    adapters: dict[str, Path]
+    variants: list[Variant]
     verdict: Path | None
     report: Path
 
+    @property
+    def adapters(self) -> dict[str, Path]:
+        """The adapters of the variants that have one, by name: for MI-TUNE those of the last round, by selection."""
+        return {variant.name: variant.adapter for variant in self.variants if variant.adapter is not None}
+
 
 def claim_run(run: Path, config: Config, prompts: Sequence[str]) -> None:
-    """Ties the run directory to what its adapters depend on, and writes the resolved settings into it.
+    """Ties the run directory to what its variants depend on, and writes the resolved settings into it.
 
     Raises MituneError for a directory of another run.
     """
     sections = {"pool": config.pool, "finetune": config.finetune}
     settings = {name: settings_that_matter(section) for name, section in sections.items()}
-    identity = {"model": model_identity(config.model), "prompts": list(prompts), "rounds": config.rounds}
+    identity = {
+        "model": model_identity(config.model),
+        "prompts": list(prompts),
+        "method": config.method,
+        "rounds": config.rounds,
+    }
     claim(run, identity | settings, "run")
     write_config(config, run / CONFIG)
 
@@ -78,113 +69,47 @@ def _require_run(run: Path) -> None:
 
 
 def tune(config: Config, run: Path, *, stages: Stages = silent) -> TuneResult:
-    """Runs Algorithm 1 for `config.rounds` rounds in the directory `run`; the same call goes on where it stopped.
+    """Runs `config.method` in the directory `run`; the same call goes on where it stopped.
 
-    From the second round on, each selection has a pool of its own, made with its adapter, which is trained further.
     Where the verdict fails, the report is written without it.
     Raises MituneError for bad settings or prompts before anything is made, and if another process works on the run.
     """
-    base = load_model(config.model)
-    check_trainable(config.model, config.finetune, base.pipe)
-    prompts = [listed.text for listed in load_prompts(config.prompts, base, config.prompt_field)]
-    metric = metric_for(config.metric, source=config.prompts, model=config.model.name, prompts=prompts)
-    scores = scores_of(map(parse_rule, config.pool.select))
-    own_negatives(config.pool.negatives, scores, prompts, base)  # refused now rather than hours later
-    if config.eval_prompts:
-        _held_out(config, base)  # likewise
+    method = METHODS.resolve(config.method)
+    prompts = _checked_prompts(config, method)
     _require_run(run)
     with sole_worker(run):
-        claim_run(run, config, prompts)
-        adapters: dict[str, Path] = {}
-        for number in range(1, config.rounds + 1):
-            adapters = _round(config, run, number, adapters, prompts, base, metric, stages)
+        claim_run(run, config, [listed.text for listed in prompts])
+        variants = method.prepare(config, prompts, Run(run, stages))
+        check_names(variants)
+        write_variants(run, variants)
         try:
             verdict = judge_run(config, run, stages=stages) if config.eval_prompts else None
         except Exception:
             build_report(run)  # what was made can be looked at all the same
             raise
-        return TuneResult(run, adapters, verdict, build_report(run))
+        return TuneResult(run, variants, verdict, build_report(run))
 
 
-def _round(
-    config: Config,
-    run: Path,
-    number: int,
-    adapters: Mapping[str, Path],
-    prompts: Sequence[str],
-    base: Model,
-    metric: ImageMetric | None,
-    stages: Stages,
-) -> dict[str, Path]:
-    """Pools, sets and trainings of one round; the adapters that it ends with, by selection."""
-    folder, trained = run / f"round-{number}", {}
-    for name, before, settings in _pools(config.pool, adapters):
-        title = f"Round {number}: making and scoring candidates"
-        with (
-            stages(f"{title} of {settings.select[0]}" if before else title) as step,
-            _cost(run, f"{name}, round {number}") as cost,
-        ):
-            pool = build_pool(
-                load_model(config.model, adapter=before) if before else base,
-                prompts,
-                folder / name,
-                settings,
-                metric=metric,
-                identity=model_identity(config.model, before),
-                progress=step,
-            )
-            cost |= {
-                "candidates": pool.candidates,
-                "denoiser_calls": pool.denoiser_calls,
-                "unraced_calls": pool.unraced_calls,
-            }
-        for slug, dataset in pool.sets.items():
-            with (
-                stages(f"Round {number}: fine-tuning on {slug}") as step,
-                _cost(run, f"fine-tuning on {slug}, round {number}"),
-            ):
-                result = finetune(
-                    config.model,
-                    dataset,
-                    folder / "adapters" / slug,
-                    config.finetune,
-                    start_from=before,
-                    progress=partial(_without_loss, step),
-                )
-            trained[slug] = result.adapter
-    return trained
-
-
-def _pools(config: PoolConfig, adapters: Mapping[str, Path]) -> list[tuple[str, Path | None, PoolConfig]]:
-    """The pools of a round: folder name, adapter that makes the candidates, settings.
-
-    At first one pool serves all selections. Then each selection has an adapter, and goes on alone.
-    """
-    if not adapters:
-        return [("pool", None, config)]
-    return [
-        ("pool" if len(adapters) == 1 else f"pool-{slug}", adapter, _alone(config, text))
-        for text, (slug, adapter) in zip(config.select, adapters.items(), strict=True)
-    ]
-
-
-def _alone(config: PoolConfig, selection: str) -> PoolConfig:
-    """The settings of a pool for one selection, with the user's hard negatives if that needs them."""
-    wanted = want_negatives(scores_of([parse_rule(selection)]))
-    return replace(config, select=(selection,), negatives=config.negatives if wanted else None)
+def _checked_prompts(config: Config, method: Method) -> list[Listed]:
+    """The prompts, once method, model and prompts are known to go together: refused now rather than hours later."""
+    base = load_model(config.model)
+    prompts = load_prompts(config.prompts, base, config.prompt_field)
+    method.check(config, prompts, base)
+    if config.eval_prompts:
+        _held_out(config, base)
+    return prompts
 
 
 def judge_run(config: Config, run: Path, *, stages: Stages = silent) -> Path:
-    """Judges the base, the adapters of the run's last round and `config.eval.guidance_scales`; returns the table.
+    """Judges the base, the variants of the run and `config.eval.guidance_scales`; returns the table.
 
     Raises MituneError if no metric is named, and neither the prompts nor the model come with one.
     """
     base = load_model(config.model)
     prompts, metric = _held_out(config, base)
-    adapters = sorted((run / f"round-{config.rounds}" / "adapters").glob("*/"))
-    variants = [Variant(name="base"), *(Variant(name=folder.name, adapter=folder) for folder in adapters)]
+    variants = [Variant(name=BASE), *sorted(read_variants(run), key=lambda variant: variant.name)]
     variants += [Variant(name=f"base, guidance {s:g}", guidance_scale=s) for s in config.eval.guidance_scales]
-    with _cost(run, "evaluation") as cost:
+    with Run(run).cost("evaluation") as cost:
         images = len(variants) * len(prompts) * config.eval.images
         cost |= {"candidates": images, "denoiser_calls": images * base.steps}
         return evaluate(
@@ -203,32 +128,3 @@ def _held_out(config: Config, base: Model) -> tuple[list[Listed], ImageMetric]:
             "metrics` shows them), or leave eval_prompts out."
         )
     return prompts, metric
-
-
-def _without_loss(step: Step, done: int, total: int, _loss: float) -> None:
-    step(done, total)
-
-
-@contextmanager
-def _cost(run: Path, stage: str) -> Iterator[dict[str, int]]:
-    """Adds what a stage took to cost.json; a stage that went on after a stop adds to its earlier entry."""
-    file = run / "cost.json"
-    counts: dict[str, int] = {}
-    began = time.monotonic()
-    yield counts
-    entries = read_again(file, _cost_entries) or []
-    entry = next((e for e in entries if e["stage"] == stage), None)
-    if entry is None:
-        entry = {"stage": stage, "seconds": 0.0, "candidates": 0, "denoiser_calls": 0}
-        entries.append(entry)
-    entry |= counts
-    entry["seconds"] = round(entry["seconds"] + time.monotonic() - began, 1)
-    write_json(file, entries)
-
-
-def _cost_entries(content: bytes) -> list[dict[str, Any]]:
-    """The entries of cost.json. Raises ValueError, KeyError or TypeError if they are none."""
-    entries: list[dict[str, Any]] = json.loads(content)
-    for entry in entries:
-        _ = entry["stage"], float(entry["seconds"])
-    return list(entries)

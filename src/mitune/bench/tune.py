@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from mitune.config.schema import Config
 from mitune.denoiser.opening.models import load_model
 from mitune.errors import MituneError
-from mitune.evaluation.evaluate import Variant, evaluate
+from mitune.evaluation.evaluate import evaluate
 from mitune.evaluation.metrics.table import metric_for
 from mitune.evaluation.statistics import (
     POOLED,
@@ -35,13 +35,14 @@ from mitune.evaluation.statistics import (
     numbers,
     summarize,
 )
+from mitune.evaluation.variant import BASE, Variant
 from mitune.pool.selection import ORACLE
 from mitune.prompts.lists import load_prompts
 from mitune.report.files import pool_of
 from mitune.run.store import write_table
-from mitune.tuning import Stages, Step, silent, tune
+from mitune.run.work import Stages, Step, silent
+from mitune.tuning import tune
 
-BASE = "base"
 HEADER = """# What fine-tuning gains
 
 Made by `{command}`.

@@ -76,6 +76,9 @@ def tune(
     candidates: Candidates = None,
     keep: Keep = None,
     select: Selection = None,
+    method: Annotated[
+        str | None, Option(help="Method, mi-tune unless named; or module:attribute of a file of your own.")
+    ] = None,
     rounds: Annotated[
         int | None, Option(help=f"Rounds of pool and fine-tuning (R), {ends_of(Config, 'rounds')}.")
     ] = None,
@@ -104,7 +107,7 @@ def tune(
         "model.name": model, "model.guidance_scale": guidance_scale, "model.device": device, "prompts": prompts,
         "prompt_field": prompt_field, "eval_prompts": eval_prompts, "pool.candidates": candidates, "pool.keep": keep,
         "pool.select": select, "pool.race": _rungs(race), "pool.negatives": negatives, "pool.seed": seed,
-        "rounds": rounds,
+        "method": method, "rounds": rounds,
     }  # fmt: skip
     _tune(settings_of(preset, config_file, assignments, options), run)
 
@@ -217,7 +220,7 @@ def train(
 
     Example:  mitune train runs/color/sets/contrast --set finetune.adapter=dora -o runs/color/adapter
     """
-    from mitune.finetuning.adapter import check_new, export_fused
+    from mitune.denoiser.fusing import check_new, export_fused
     from mitune.finetuning.dataset import model_of
     from mitune.finetuning.run import finetune
 

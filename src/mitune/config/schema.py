@@ -114,6 +114,7 @@ class FinetuneConfig:
     """The adapter and its training; the defaults are MI-TUNE's Table 8."""
 
     adapter: Literal["lora", "dora"] = "dora"
+    objective: str = "denoising"  # what it is trained towards: a name of `mitune list objectives`, or module:attribute
     rank: Count = 32
     alpha: Annotated[float, Range(above=0, most=1e6)] = 32.0
     text_encoder: bool = False
@@ -166,6 +167,7 @@ class Config:
     eval_prompts: str | None = None  # None: no verdict
     metric: str | None = None  # judges images, by name or module:attribute; None: what comes with prompts or model
     prompt_field: str | None = None  # JSON field or column of these files that holds the prompts; None: a guess
+    method: str = "mi-tune"  # what makes the variants to judge: a name of `mitune list methods`, or module:attribute
     rounds: Annotated[int, Range(least=1, most=1000)] = 1  # R
 
     def __post_init__(self) -> None:

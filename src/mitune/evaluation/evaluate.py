@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from mitune.denoiser.sampling import Request, candidate_seed, generate_all
 from mitune.errors import MituneError
 from mitune.evaluation.metrics.base import ImageMetric, judge, merit
 from mitune.evaluation.metrics.table import metric_claim
+from mitune.evaluation.variant import Variant
 from mitune.information.core import SCORES
 from mitune.run.locks import sole_worker
 from mitune.run.seals import is_whole, write_seal
@@ -31,19 +31,6 @@ from mitune.worlds.base import Listed
 log = logging.getLogger(__name__)
 SHOWN_PROMPTS = 1  # of each category and split, whose pictures the report shows
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Variant:
-    """One of the models that are compared: its name in the tables, its adapter, its guidance scale."""
-
-    name: str
-    adapter: Path | None = None
-    guidance_scale: float | None = None
-
-    @property
-    def slug(self) -> str:
-        return re.sub(r"[^a-z0-9.-]+", "-", self.name.lower()).strip("-")
 
 
 def evaluate(

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import re
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -16,29 +14,15 @@ import torch
 from diffusers import ModelMixin
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.training_utils import cast_training_params
-from diffusers.utils.peft_utils import recurse_remove_peft_layers
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from mitune.config.schema import FinetuneConfig, ModelConfig
-from mitune.denoiser.network import denoiser_of
-from mitune.denoiser.opening.adapter_file import (
-    PEFT_CONFIG,
-    PEFT_WEIGHTS,
-    WEIGHTS_FILE,
-    adapted_parts,
-    read_weights,
-    weights_file,
-)
-from mitune.denoiser.opening.models import load_model
+from mitune.config.schema import FinetuneConfig
+from mitune.denoiser.opening.adapter_file import PEFT_CONFIG, PEFT_WEIGHTS, WEIGHTS_FILE, read_weights, weights_file
 from mitune.errors import MituneError, ModelError
 from mitune.run.sealed import pack
-from mitune.run.store import unfinished_folder, write_bytes, write_json, writing
-from mitune.worlds.base import embedded_model
+from mitune.run.store import write_bytes, write_json
 
-CARD_FILE = "README.md"
 REMEDY = "Lower finetune.learning_rate, or set model.dtype to bfloat16 or float32, or finetune.precision to bf16 or no."
 _SETTINGS = "lora_adapter_metadata"  # where diffusers looks for rank and α in a file's notes
 _BLOCK = re.compile(r"(?:^|_)(?:attn|attention|ffn?|feed_forward|mlp)\d*(?:$|_)")
@@ -145,22 +129,24 @@ def load_weights(folder: Path, modules: Mapping[str, nn.Module]) -> None:
     Raises MituneError if the file is missing or damaged, or of another model, kind, rank or α.
     """
     file = weights_file(folder)
-    found, notes = read_weights(file)
-    own = {component: _weights(component, module) for component, module in modules.items()}
-    shapes = {f"{component}.{key}": tensor.shape for component, part in own.items() for key, tensor in part.items()}
+    weights, notes = read_weights(file)
+    expected = {component: _weights(component, module) for component, module in modules.items()}
+    shapes = {
+        f"{component}.{key}": tensor.shape for component, part in expected.items() for key, tensor in part.items()
+    }
     if _SETTINGS not in notes:
         raise MituneError(
             f"The adapter {file} says nothing of its rank and alpha, so its training cannot go on; name one that "
             "`mitune train` has written."
         )
-    if json.loads(notes[_SETTINGS]) != _settings_of(modules) or {k: v.shape for k, v in found.items()} != shapes:
+    if json.loads(notes[_SETTINGS]) != _settings_of(modules) or {k: v.shape for k, v in weights.items()} != shapes:
         raise MituneError(
             f"The adapter {file} is of another model, kind, rank or alpha than the one to be trained; set "
             "finetune.adapter, rank, alpha and text_encoder as they were for it."
         )
     for component, module in modules.items():
-        weights = {key: found[f"{component}.{key}"] for key in own[component]}
-        set_peft_model_state_dict(module, {key.removesuffix(_suffix(component, key)): weights[key] for key in weights})
+        part = {key.removesuffix(_suffix(component, key)): weights[f"{component}.{key}"] for key in expected[component]}
+        set_peft_model_state_dict(module, part)
 
 
 def _weights(component: str, module: nn.Module) -> dict[str, Tensor]:
@@ -186,83 +172,3 @@ def _settings_of(modules: Mapping[str, Any]) -> dict[str, Any]:
             f"{component}.target_modules": sorted(lora.target_modules),
         }
     return settings
-
-
-def check_new(output: Path) -> None:
-    """Raises MituneError if there is something where a fused model is to be written."""
-    if output.exists():
-        raise MituneError(f"{output} exists already; choose another folder for the fused model.")
-
-
-def export_fused(model: ModelConfig, adapter: Path, output: Path) -> Path:
-    """Writes the whole model, in its dtype, with the adapter merged into its weights: a diffusers folder.
-
-    It makes the adapter's images, within rounding, without PEFT. Returns `output`; raises MituneError if that exists,
-    or if the adapter is damaged or of another model.
-    """
-    check_new(output)
-    pipe: Any = load_model(replace(model, device="cpu", offload="none", compile=False), adapter=adapter).pipe
-    if hasattr(pipe, "fuse_lora"):
-        pipe.fuse_lora(components=list(adapted_parts(pipe)), safe_fusing=True)
-        pipe.unload_lora_weights()
-    else:
-        denoiser = denoiser_of(pipe)
-        for layer in [layer for layer in denoiser.modules() if isinstance(layer, BaseTunerLayer)]:
-            layer.merge(safe_merge=True)
-        recurse_remove_peft_layers(denoiser)
-    with unfinished_folder(output) as whole, writing(output):
-        try:
-            pipe.save_pretrained(whole)
-        except SafetensorError as error:  # its way to say that the system refused to write
-            number = re.search(r"\(os error (\d+)\)", str(error))
-            raise OSError(int(number[1]) if number else errno.EIO, str(error)) from error
-        whole.replace(output)
-    return output
-
-
-def write_card(
-    folder: Path, model: ModelConfig, config: FinetuneConfig, *, prompts: Sequence[str], selection: str, skipped: int
-) -> None:
-    """Writes the model card: what the adapter was made from and how, and how to load it.
-
-    prompts: one for each image of the set; selection: how its images were chosen. The card may be published, so it
-    names no folder of this machine.
-    """
-    embedded, name = embedded_model(model.name) is not None, public_name(model.name)
-    base = f"model_folder({name!r})" if embedded else repr(name)
-    imports = "from mitune.denoiser.opening.models import model_folder\n" if embedded else ""
-    load = f'pipe.load_lora_weights(".", weight_name={WEIGHTS_FILE!r})'
-    if (folder / PEFT_CONFIG).exists():
-        imports += "from peft import PeftModel\n"
-        load = 'pipe.transformer = PeftModel.from_pretrained(pipe.transformer, ".")'
-    settings = "\n".join(f"| {name} | {value} |" for name, value in asdict(config).items())
-    card = f"""---
-base_model: {json.dumps(name)}
-library_name: diffusers
-pipeline_tag: text-to-image
-tags: [{config.adapter}, lora, mitune]
----
-
-# A {"DoRA" if config.adapter == "dora" else "LoRA"} adapter for {name}
-
-Fine-tuned with mitune on {len(prompts)} of the model's own images, for {len(set(prompts))} prompts.
-Images were chosen by: {selection}. Iterations skipped, as the loss was not finite: {skipped} of {config.iterations}.
-
-```python
-from diffusers import DiffusionPipeline
-{imports}
-pipe = DiffusionPipeline.from_pretrained({base})
-{load}  # "." is the folder of this card
-```
-
-| setting | value |
-|---|---|
-{settings}
-"""
-    write_bytes(folder / CARD_FILE, card.encode())
-
-
-def public_name(model: str) -> str:
-    """A model's hub id or embedded name; of a folder or file on this machine, its last part alone."""
-    path = Path(model)
-    return path.resolve().name if path.is_absolute() or path.exists() else model

@@ -47,10 +47,10 @@ class TrainingState:
 
         A damaged file is set aside, with a warning, and this state stays the first one.
         """
-        found = read_again(file, _parse)
-        if found is None:
+        saved = read_again(file, _parse)
+        if saved is None:
             return
-        tensors, numbers = found
+        tensors, numbers = saved
         moments: dict[int, dict[str, Tensor]] = {}
         order = {name: index for index, name in enumerate(self.parameters)}
         for key, tensor in tensors.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ _NULL = "null."  # before the names of the unconditional embeddings, which train
 _REMEDY = "the `mitune pool` or `mitune tune` command that made it makes it again"
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class TrainingSet:
     """N images as the denoiser needs them, on the CPU."""
 
@@ -35,6 +35,8 @@ class TrainingSet:
     latents: Tensor  # (N, C, H, W), in the denoiser's space, float32
     conditioning: dict[str, Tensor]  # (N, ...) each: the denoiser's arguments; nested ones have dots in their names
     weights: Tensor  # (N,) of the images in the loss, with mean one
+    advantages: Tensor  # (N,) of the images over others of their prompt, of either sign; ones where none are given
+    is_ranked: bool  # whether advantages are given
     checksum: str
     made_by: Mapping[str, Any] | None  # the model, as `seals` describes it; None if nobody knows
 
@@ -42,7 +44,9 @@ class TrainingSet:
     def read(cls, folder: Path) -> TrainingSet:
         """Reads metadata.jsonl, latents.safetensors and conditioning.safetensors, and holds them against the seal.
 
-        Raises MituneError if one is missing, damaged, or does not fit the others, or if a tensor is not finite.
+        A row of metadata.jsonl may have a `weight` of its image in the loss, and all may have an `advantage`.
+        Raises MituneError if a file is missing, damaged, or does not fit the others, if a tensor is not finite, or if
+        a weight or an advantage is none.
         """
         made_by = _sealed_model(folder)
         files = [folder / name for name in ("metadata.jsonl", "latents.safetensors", "conditioning.safetensors")]
@@ -50,32 +54,35 @@ class TrainingSet:
             if not file.is_file():
                 raise MituneError(f"{file} is missing; name a set that `mitune pool` has written.")
         try:
-            lines = files[0].read_bytes().split(b"\n")  # no other end of a line: a prompt may have one in it
-            rows = [json.loads(line) for line in lines if line.strip()]
+            rows = _rows(files[0])
             prompts = [str(row["prompt"]) for row in rows]
-            weights = torch.tensor([float(row.get("weight", 1.0)) for row in rows])
+            weights, advantages = (
+                torch.tensor([float(row.get(name, 1.0)) for row in rows]) for name in ("weight", "advantage")
+            )
             latents = load_file(files[1])["latents"].float()
             conditioning = {k: v for k, v in load_file(files[2]).items() if not k.startswith(_NULL)}
-            checksum = hashlib.sha256()
-            for file in files:
-                with file.open("rb") as opened:
-                    checksum.update(hashlib.file_digest(opened, "sha256").digest())
+            checksum = _checksum(files)
         except (SafetensorError, *DAMAGED) as error:
             raise MituneError(f"{folder} holds a damaged fine-tuning set ({error!r}); {_REMEDY}.") from error
-        tensors = {"latents": latents, **conditioning}
-        for name, tensor in tensors.items():
-            count = len(tensor) if tensor.ndim else 0
-            if not 0 < count == len(rows):
-                raise MituneError(f"{folder} has {len(rows)} rows of metadata but {count} of {name}; {_REMEDY}.")
-        for name, tensor in tensors.items():
-            bad = torch.nonzero(~torch.isfinite(tensor).reshape(len(rows), -1).all(dim=1)).flatten().tolist()
-            if bad:
-                raise MituneError(f"{folder}: the {name} of row {bad[0] + 1} are not finite; leave that image out.")
-        if not (torch.isfinite(weights).all() and (weights >= 0).all() and weights.sum() > 0):
-            raise MituneError(f"{files[0]}: every weight must be finite and not negative, and one above 0.")
-        selection = ", ".join(sorted({str(row.get("selection", "not recorded")) for row in rows}))
-        weights = weights / weights.mean()
-        return cls(prompts, selection, latents, conditioning, weights, checksum.hexdigest(), made_by)
+        _check_tensors(folder, len(rows), {"latents": latents, **conditioning})
+        _check_numbers(files[0], "weight", weights, torch.isfinite(weights) & (weights >= 0), "finite and not negative")
+        _check_numbers(files[0], "advantage", advantages, torch.isfinite(advantages), "finite")
+        if weights.sum() == 0:
+            raise MituneError(f"{files[0]}: every weight is 0, so no image would count; give one a weight above 0.")
+        ranked = sum("advantage" in row for row in rows)
+        if 0 < ranked < len(rows):
+            raise MituneError(f"{files[0]}: {ranked} of {len(rows)} rows have an advantage; give all one, or none.")
+        return cls(
+            prompts=prompts,
+            selection=", ".join(sorted({str(row.get("selection", "not recorded")) for row in rows})),
+            latents=latents,
+            conditioning=conditioning,
+            weights=weights / weights.mean(),
+            advantages=advantages,
+            is_ranked=ranked > 0,
+            checksum=checksum,
+            made_by=made_by,
+        )
 
     def check_model(self, name: str, denoiser: Mapping[str, str]) -> None:
         """Raises MituneError if another model made the images than the one with this denoiser: {part: SHA-256}."""
@@ -87,6 +94,36 @@ class TrainingSet:
             made_by = str((self.made_by or {}).get("name", "another model"))
             other = f"another {made_by}, whose weights differ," if Path(name).name == Path(made_by).name else made_by
             raise MituneError(f"The set was made by {other} and cannot train {name}; name its own model with --model.")
+
+
+def _rows(metadata: Path) -> list[dict[str, Any]]:
+    lines = metadata.read_bytes().split(b"\n")  # no other end of a line: a prompt may have one in it
+    return [json.loads(line) for line in lines if line.strip()]
+
+
+def _checksum(files: Sequence[Path]) -> str:
+    checksum = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as opened:
+            checksum.update(hashlib.file_digest(opened, "sha256").digest())
+    return checksum.hexdigest()
+
+
+def _check_tensors(folder: Path, rows: int, tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        count = len(tensor) if tensor.ndim else 0
+        if not 0 < count == rows:
+            raise MituneError(f"{folder} has {rows} rows of metadata but {count} of {name}; {_REMEDY}.")
+    for name, tensor in tensors.items():
+        bad = torch.nonzero(~torch.isfinite(tensor).reshape(rows, -1).all(dim=1)).flatten().tolist()
+        if bad:
+            raise MituneError(f"{folder}: the {name} of row {bad[0] + 1} are not finite; leave that image out.")
+
+
+def _check_numbers(file: Path, name: str, values: Tensor, fit: Tensor, what: str) -> None:
+    if not fit.all():
+        row = int(torch.nonzero(~fit)[0])
+        raise MituneError(f"{file}: the {name} of row {row + 1}, {values[row].item():g}, must be {what}; change it.")
 
 
 def model_of(folder: Path) -> str | None:

@@ -52,6 +52,8 @@ def _is_worth_merging(layer: Any) -> bool:
 
 
 def _forward(layer: Any, x: Tensor) -> Tensor:
+    if layer.disable_adapters:
+        return F.linear(x, layer.base_layer.weight, layer.base_layer.bias)
     weight, a, b = layer.base_layer.weight, layer.lora_A[_NAME].weight, layer.lora_B[_NAME].weight
     merged = torch.addmm(weight, b, a, alpha=layer.scaling[_NAME])
     if _NAME in layer.lora_magnitude_vector:

@@ -23,14 +23,22 @@ from mitune.denoiser.opening.components import Components
 from mitune.denoiser.opening.identity import model_identity, model_parts, settings_that_matter
 from mitune.denoiser.opening.models import device_of, parts_of
 from mitune.errors import MituneError
-from mitune.finetuning.adapter import check_rank, save_adapter, write_card
+from mitune.finetuning.adapter import check_rank, save_adapter, trainable
+from mitune.finetuning.card import write_card
+from mitune.finetuning.checkpoint import TrainingState
 from mitune.finetuning.dataset import TrainingSet
-from mitune.finetuning.trainer import Progress, Trainer, rows_of
+from mitune.finetuning.draws import shift_of
+from mitune.finetuning.history import rows_of
+from mitune.finetuning.network import AdaptedNetwork, check_fit, fast_layers, open_network
+from mitune.finetuning.objectives.base import OBJECTIVES, Objective
+from mitune.finetuning.trainer import Progress, Trainer
+from mitune.finetuning.watch import check_learned
 from mitune.run.locks import sole_worker
 from mitune.run.sealed import unpack
 from mitune.run.store import claim, read_again
 
 _NOTES = "mitune"  # of an adapter file: what its training took
+_HISTORY, _CHECKPOINT = "training.jsonl", "checkpoint/state.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,35 +65,61 @@ def finetune(
     start_from: the adapter of an earlier round, whose training goes on. progress: called after each iteration with
     the iterations done, those in all, and the loss. The same call goes on from the last checkpoint, or returns at once
     when all is done. `output` also gets a model card and training.jsonl, one row an iteration.
-    Raises MituneError for a damaged set, an `output` of other settings, or too little memory for a single image.
+    Raises MituneError for a damaged set, or one that the objective has no use for, an `output` of other settings, or
+    too little memory for a single image.
     """
-    device = _device(model, config)
+    device, objective = _device(model, config), OBJECTIVES.resolve(config.objective)
     components, images = Components.of(model), TrainingSet.read(dataset)
+    if objective.needs == "ranked" and not images.is_ranked:
+        raise MituneError(
+            f"finetune.objective = {config.objective} needs a ranked set; give each row of "
+            f'{dataset / "metadata.jsonl"} an "advantage" over the others of its prompt, or set another objective.'
+        )
     if not Path(parts_of(model)).is_dir() and not (output / "settings.json").exists():
         components.denoiser()  # onto this machine, so that its contents are known
     parts = model_parts(model)
     images.check_model(model.name, {components.denoiser_name: parts[components.denoiser_name]})
     with sole_worker(output):
         claim(output, _identity(components, parts, images, config, start_from), "fine-tuning")
-        history = output / "training.jsonl"
         notes = _finished(output)
         if notes is None:
             with _accelerator(config, device) as accelerator:
-                trainer = Trainer(components, images, config, accelerator, device, start_from)
-                with trainer.fast_layers():
-                    trainer.run(output / "checkpoint" / "state.safetensors", history, progress)
-                trainer.use_average()
-                trainer.check_weights()
-                notes = {"iterations": trainer.state.iterations, "skipped": trainer.state.skipped}
-                save_adapter(output, components.pipeline_class, trainer.modules, {_NOTES: json.dumps(notes)})
+                network = open_network(components, config, device, start_from)
+                state = _train(network, objective, images, config, accelerator, components, output, progress)
+                notes = {"iterations": state.iterations, "skipped": state.skipped}
+                save_adapter(output, components.pipeline_class, network.modules, {_NOTES: json.dumps(notes)})
         write_card(output, model, config, prompts=images.prompts, selection=images.selection, skipped=notes["skipped"])
-    seconds = sum(row["seconds"] for row in rows_of(history))
+    seconds = sum(row["seconds"] for row in rows_of(output / _HISTORY))
     return FinetuneResult(output, notes["iterations"], notes["skipped"], seconds)
+
+
+def _train(
+    network: AdaptedNetwork,
+    objective: Objective,
+    images: TrainingSet,
+    config: FinetuneConfig,
+    accelerator: Accelerator,
+    components: Components,
+    output: Path,
+    progress: Progress | None,
+) -> TrainingState:
+    """Trains the adapters of `network` to the end, and leaves in them what is to be saved."""
+    with accelerator.autocast():
+        check_fit(network, images, components.config.name)
+    first = {name: value.detach().cpu().clone() for name, value in trainable(network.modules).items()}
+    trainer = Trainer(network, objective, images, config, accelerator, shift=shift_of(components.scheduler()))
+    # In mixed precision, merged weights would be rounded, and small changes lost.
+    with fast_layers(network, merged=config.precision == "no", compiled=components.config.compile):
+        trainer.run(output / _CHECKPOINT, output / _HISTORY, progress)
+    trainer.use_average()
+    check_learned(trainer.state, first)
+    return trainer.state
 
 
 def check_trainable(model: ModelConfig, config: FinetuneConfig, pipe: Any) -> None:
     """Raises MituneError if `finetune` would refuse this model, opened as `pipe`, or the settings."""
     _device(model, config)
+    OBJECTIVES.resolve(config.objective)
     components = Components.of(model)
     text_encoders = components.text_encoder_names if config.text_encoder else []
     for name in (components.denoiser_name, *text_encoders):
@@ -133,9 +167,9 @@ def _finished(output: Path) -> dict[str, Any] | None:
 @contextmanager
 def _accelerator(config: FinetuneConfig, device: torch.device) -> Iterator[Accelerator]:
     """accelerate keeps its settings once a process; they are handed back, so that the next call may have others."""
-    found = is_initialized()
+    was_initialized = is_initialized()
     try:
         yield Accelerator(mixed_precision=config.precision, cpu=device.type == "cpu")
     finally:
-        if not found:
+        if not was_initialized:
             AcceleratorState._reset_state(reset_partial_state=True)

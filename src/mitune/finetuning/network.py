@@ -1,0 +1,135 @@
+"""The denoiser with its adapter, and with those of its text encoders: what an objective is given, and what is saved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from mitune.config.schema import FinetuneConfig
+from mitune.denoiser.encoding import TextEncoders
+from mitune.denoiser.epsilon import NetworkDenoiser
+from mitune.denoiser.network import compile_denoiser
+from mitune.denoiser.opening.components import Components
+from mitune.denoiser.opening.models import call_arguments
+from mitune.denoiser.path import path_of
+from mitune.errors import MituneError, first_line
+from mitune.finetuning.adapter import add_adapter, check_rank, load_weights
+from mitune.finetuning.dataset import TrainingSet
+from mitune.finetuning.draws import Draw
+from mitune.finetuning.layers import channels_last, merged_layers
+from mitune.finetuning.objectives.base import Batch
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class AdaptedNetwork:
+    """A `Network` of the objectives. All stays in evaluation mode, as it was opened: dropout would make an iteration
+    depend on more than its seed."""
+
+    denoiser: NetworkDenoiser
+    modules: Mapping[str, nn.Module]  # those with an adapter, by component name: the denoiser's network, text encoders
+    text_encoders: TextEncoders | None  # None where the prompts' conditioning is that of the set
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """The prediction with the adapters, (B, C, H, W), float32."""
+        conditioning = dict(batch.conditioning)
+        if self.text_encoders is not None:
+            conditioning |= self.text_encoders(batch.prompts, conditioning)
+        return self.denoiser.prediction(batch.noisy, batch.timesteps, conditioning)
+
+    def reference(self, batch: Batch) -> Tensor:
+        """The prediction without any adapter, (B, C, H, W), float32, without gradients."""
+        with torch.no_grad(), adapters_off(self.modules.values()):
+            return self(batch)
+
+
+@contextmanager
+def adapters_off(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Adapted layers compute as they did before the adapter, in PEFT's form and in the merged one."""
+    layers = [layer for module in modules for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+
+
+def open_network(
+    components: Components, config: FinetuneConfig, device: torch.device, start_from: Path | None
+) -> AdaptedNetwork:
+    """Opens denoiser and, if the settings say so, text encoders, and gives each an adapter: new, or that of a folder.
+
+    Raises MituneError for a rank that is too large, and an adapter to start from that does not fit.
+    """
+    modules = {components.denoiser_name: components.denoiser()}
+    text_encoders = None
+    if config.text_encoder:
+        call = call_arguments(components.config)
+        text_encoders = TextEncoders(components.text_pipeline(), components.text_encoder_names, call)
+        modules |= text_encoders.modules
+    for module in modules.values():
+        check_rank(module, config.rank)
+        add_adapter(module, config)
+    if start_from is not None:
+        load_weights(start_from, modules)
+    denoiser = NetworkDenoiser(modules[components.denoiser_name].to(device), path_of(components.scheduler()), device)
+    if text_encoders is not None:
+        text_encoders.to(device)
+    return AdaptedNetwork(denoiser=denoiser, modules=modules, text_encoders=text_encoders)
+
+
+def check_fit(network: AdaptedNetwork, images: TrainingSet, model: str) -> None:
+    """One image through the network: a set of another model has latents or embeddings of other shapes.
+
+    Raises MituneError if it is one.
+    """
+    denoiser, rows, latents = network.denoiser, torch.zeros(1, dtype=torch.long), images.latents[:1]
+    timesteps = torch.full((1,), 0.5 * denoiser.path.training_steps)
+    batch = Draw(rows, torch.zeros_like(latents), timesteps, rows).batch(rows, images, denoiser.path, denoiser.device)
+    misfit = f"The set does not fit the {type(denoiser.network).__name__} of {model}"
+    try:
+        with torch.no_grad():
+            predicted = denoiser.prediction(batch.latents, batch.timesteps, batch.conditioning)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # every family has errors of its own
+        raise MituneError(f"{misfit} ({first_line(error)}); name the model that made it with --model.") from error
+    if predicted.shape != latents.shape:
+        shapes = f"{tuple(latents.shape[1:])} in, {tuple(predicted.shape[1:])} out"
+        raise MituneError(f"{misfit} (latents {shapes}); name the model that made it with --model.")
+    if network.text_encoders is not None:
+        _check_text(network.text_encoders, batch)
+
+
+def _check_text(text_encoders: TextEncoders, batch: Batch) -> None:
+    """The prompts must still give what the denoiser was told when the images were made, in shape at least."""
+    with torch.no_grad():
+        encoded = text_encoders(batch.prompts, batch.conditioning)
+    for name, tensor in encoded.items():
+        cached = batch.conditioning[name]
+        if tensor.shape[1:] != cached.shape[1:]:
+            raise MituneError(
+                f"The prompts give {name} of shape {tuple(tensor.shape[1:])}, but the set holds "
+                f"{tuple(cached.shape[1:])}; set model.call as it was when the set was made."
+            )
+
+
+@contextmanager
+def fast_layers(network: AdaptedNetwork, *, merged: bool, compiled: bool) -> Iterator[None]:
+    """Faster layers for the time of training; the modules come out as PEFT and diffusers know them."""
+    modules = list(network.modules.values())
+    with ExitStack() as stack:
+        stack.enter_context(channels_last(modules))
+        if merged:
+            stack.enter_context(merged_layers(modules))
+        if compiled:  # last, as it is to find the layers as they are now
+            compile_denoiser(network.denoiser.network, network.denoiser.device)
+            stack.callback(delattr, network.denoiser.network, "forward")
+        yield

@@ -1,0 +1,1 @@
+"""What an adapter is trained towards: one file each. `finetune.objective` names one."""

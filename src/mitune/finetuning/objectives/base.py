@@ -1,0 +1,109 @@
+"""What an objective is, and all that it may depend on: a batch, and the network with and without its adapter.
+
+    z = α z₀ + σ ε      u: what the network should predict at z, so ε, z₀, v = αε − σz₀ or (flow) v = ε − z₀
+
+Most objectives are a squared distance of the prediction from a target between the network without its adapter, f₀,
+and u, so that one file holds each:
+
+    y* = f₀ + A (u − f₀)      loss = ‖f − y*‖²                A = 1: the denoising loss of the papers
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from torch import Tensor
+
+from mitune.denoiser.path import NoisePath
+from mitune.errors import MituneError
+from mitune.resolver import Row, Table
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Batch:
+    """B noised images, on the network's device. `dataclasses.replace` makes another with, say, other latents."""
+
+    latents: Tensor  # (B, C, H, W) z₀, in the denoiser's space
+    noise: Tensor  # (B, C, H, W) ε
+    timesteps: Tensor  # (B,) t, float32
+    path: NoisePath  # α, σ and what the network predicts
+    prompts: Sequence[str]  # B texts, which text encoders that are trained read
+    conditioning: Mapping[str, Tensor]  # (B, ...) each: what the denoiser is told of the prompts
+    weights: Tensor  # (B,) of the images, with mean one over the set
+    advantages: (
+        Tensor  # (B,) of the images over others of their prompt, of either sign; one in a set that is not ranked
+    )
+    worse: Tensor  # (B, C, H, W) latents of an image of the same prompt with less advantage; its own where none has
+
+    @property
+    def noisy(self) -> Tensor:
+        """z, (B, C, H, W)."""
+        return self.path.add_noise(self.latents, self.noise, self.timesteps)
+
+    @property
+    def target(self) -> Tensor:
+        """u, (B, C, H, W): what a network that knew z₀ would predict at z."""
+        path = self.path
+        if path.predicts == "epsilon":
+            return self.noise
+        if path.predicts == "sample":
+            return self.latents
+        if path.is_flow:
+            return self.noise - self.latents
+        shape = (-1, *[1] * (self.latents.ndim - 1))
+        alpha, sigma = (part(self.timesteps).reshape(shape) for part in (path.alpha, path.sigma))
+        return alpha * self.noise - sigma * self.latents
+
+
+class Network(Protocol):
+    """The network that is trained. Both predictions are (B, C, H, W), float32, to be held against `batch.target`."""
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """f: with the adapter, and with gradients for it."""
+        ...
+
+    def reference(self, batch: Batch) -> Tensor:
+        """f₀: the frozen network without the adapter, for one more pass forward, without gradients."""
+        ...
+
+
+class Objective(Protocol):
+    """A loss for each image, (B,): the gradient is that of its mean over the batch.
+
+    needs: "kept" for a set of what a selection keeps; "ranked" for one of all candidates, with their advantages.
+    Losses are about as large as a squared error, for one of ten times what a network that predicts nothing has counts
+    as lost.
+    """
+
+    needs: Literal["kept", "ranked"]
+
+    def __call__(self, batch: Batch, network: Network) -> Tensor: ...
+
+
+OBJECTIVES: Table[Objective] = Table(
+    "objective",
+    Objective,
+    {
+        "denoising": Row(
+            "the model's own loss on the images, as in the papers", "mitune.finetuning.objectives.denoising:Denoising"
+        ),
+    },
+)
+
+
+def losses_of(objective: Objective, batch: Batch, network: Network) -> Tensor:
+    """The losses, (B,). Raises MituneError if they are of another shape, or do not depend on the prediction."""
+    losses = objective(batch, network)
+    if losses.shape != batch.timesteps.shape:
+        raise MituneError(
+            f"The objective {type(objective).__name__} returned losses of shape {tuple(losses.shape)} for a batch of "
+            f"{len(batch.timesteps)} images; return one for each, ({len(batch.timesteps)},)."
+        )
+    if not losses.requires_grad:
+        raise MituneError(
+            f"The losses of the objective {type(objective).__name__} have no gradient; let them depend on "
+            "network(batch)."
+        )
+    return losses

@@ -1,0 +1,22 @@
+"""The papers' fine-tuning: the loss that the model itself was trained with, on the images that were kept."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+from mitune.finetuning.objectives.base import Batch, Network
+
+
+class Denoising:
+    """w ‖f − u‖², the mean over an image's values.
+
+    Source: MI-TUNE, Algorithm 1; the weight w of an image is one unless its set gives it another.
+    """
+
+    needs: Literal["kept", "ranked"] = "kept"
+
+    def __call__(self, batch: Batch, network: Network) -> Tensor:
+        errors = (network(batch) - batch.target) ** 2
+        return batch.weights * errors.flatten(1).mean(dim=1)

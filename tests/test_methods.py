@@ -1,0 +1,125 @@
+"""Methods: one from a user's own file, and what a run says of the variants that it was given."""
+
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from mitune.errors import MituneError
+from mitune.evaluation.variant import VARIANTS, Variant, check_names, read_variants, write_variants
+from mitune.methods.base import METHODS
+from tests.test_cli_errors import invoke
+
+DOCS = Path(__file__).parents[1] / "docs"
+MINE = """
+
+from mitune import MituneError
+
+class Nothing:
+    def check(self, config, prompts, base):
+        pass
+    def prepare(self, config, prompts, run):
+        with run.stages("Doing nothing") as step, run.cost("nothing") as cost:
+            (run.folder / "nothing.txt").write_text(" and ".join(listed.text for listed in prompts))
+            cost["candidates"] = 0
+            step(1, 1)
+        return [Variant(name="nothing"), Variant(name="more guidance", guidance_scale=4.0)]
+
+class Unwilling(Nothing):
+    def check(self, config, prompts, base):
+        raise MituneError(f"{len(prompts)} prompts are too few for {base.name}; give more.")
+
+class Doubled(Nothing):
+    def prepare(self, config, prompts, run):
+        return [Variant(name="Base")]
+
+class Unprepared:
+    def check(self, config, prompts, base):
+        pass
+"""
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """The current folder, with two prompts and a user's own file: that of the docs, and further methods."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    page = (DOCS / "own-method.md").read_text(encoding="utf-8")
+    (tmp_path / "mine.py").write_text(page.split("```")[1].removeprefix("python") + MINE, encoding="utf-8")
+    (tmp_path / "two.txt").write_text("a red circle\nthree green crosses\n")
+    yield tmp_path
+    sys.modules.pop("mine", None)
+
+
+def tune(method, *more):
+    few = ["--set", "model.steps=3", "--set", "eval.images=1", "--device", "cpu", "--run", "run"]
+    return invoke("tune", "--method", method, "-p", "two.txt", *few, *more)
+
+
+def test_method_of_a_users_own_file(here):
+    status, shown = tune("mine:Nothing", "--eval-prompts", "two.txt")
+    assert status == 0, shown
+    run = here / "run"
+    assert (run / "nothing.txt").read_text() == "a red circle and three green crosses"
+    table = pq.read_table(run / "eval" / "images.parquet").to_pydict()
+    rows = list(zip(table["variant"], table["prompt"], table["information"], strict=True))
+    judged = {name: [row[1:] for row in rows if row[0] == name] for name in table["variant"]}
+    assert judged["nothing"] == judged["base"]
+    assert judged["more guidance"] != judged["base"]
+    assert "more guidance" in (run / "report.html").read_text(encoding="utf-8")
+    status, shown = invoke("eval", "run", "--guidance", 3, "-n", 1)
+    assert status == 0, shown
+    variants = set(pq.read_table(run / "eval" / "images.parquet")["variant"].to_pylist())
+    assert variants == {"base", "nothing", "more guidance", "base, guidance 3"}
+    status, shown = tune("mi-tune", "--eval-prompts", "two.txt")
+    assert (status, 'method: "mine:Nothing" there, "mi-tune" now' in shown) == (2, True), shown
+
+
+def test_method_of_the_docs(here):
+    status, shown = tune("mine:MoreGuidance", "--eval-prompts", "two.txt")
+    assert status == 0, shown
+    variants = pq.read_table(here / "run" / "eval" / "images.parquet")["variant"].to_pylist()
+    assert list(dict.fromkeys(variants)) == ["base", "guidance 4", "guidance 6"]
+
+
+@pytest.mark.parametrize(
+    ("method", "sentence"),
+    [
+        ("mine:Unwilling", "2 prompts are too few for shapes-sd; give more."),
+        ("mine:Unprepared", "lacks prepare"),
+        ("mi-tuned", "Unknown method 'mi-tuned' (did you mean mi-tune?)"),
+    ],
+)
+def test_method_that_cannot_be_is_refused_before_anything_is_made(method, sentence, here):
+    status, shown = tune(method)
+    assert (status, sentence in shown) == (2, True), shown
+    assert not (here / "run").exists()
+
+
+def test_variant_that_is_called_like_the_base_is_refused(here):
+    status, shown = tune("mine:Doubled")
+    assert (status, "Two variants are called 'Base'" in shown) == (2, True), shown
+    with pytest.raises(MituneError, match="Two variants are called 'a b'"):
+        check_names([Variant(name="a b"), Variant(name="A-B")])
+    assert not (here / "run" / VARIANTS).exists()
+
+
+def test_variants_of_a_run_may_be_moved_with_it(tmp_path):
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    with pytest.raises(MituneError, match="no variants to judge yet"):
+        read_variants(run)
+    variants = [Variant(name="inside", adapter=run / "round-1" / "x"), Variant(name="outside", adapter=elsewhere)]
+    write_variants(run, [*variants, Variant(name="plain", guidance_scale=3.0)])
+    run.rename(tmp_path / "moved")
+    inside, outside, plain = read_variants(tmp_path / "moved")
+    assert (inside.adapter, outside.adapter) == (tmp_path / "moved" / "round-1" / "x", elsewhere)
+    assert plain == Variant(name="plain", guidance_scale=3.0)
+    (tmp_path / "moved" / VARIANTS).write_text("[{}]")
+    with pytest.raises(MituneError, match=r"variants\.json is damaged"):
+        read_variants(tmp_path / "moved")
+
+
+def test_table_holds_methods():
+    for name in METHODS.rows:
+        assert callable(METHODS.resolve(name).prepare)
