@@ -19,7 +19,7 @@ from mitune.config.schema import ModelConfig
 from mitune.denoiser.opening.models import Model, load_model
 from mitune.denoiser.probe import MIProbe
 from mitune.denoiser.sampling import quiet_pipelines
-from mitune.information.core import Trace
+from mitune.information import Trace
 from mitune.worlds.shapes.world import MODELS
 
 PROMPT = "a red circle and a blue square"

@@ -26,7 +26,7 @@ from mitune.config.schema import ModelConfig
 from mitune.denoiser.opening.models import Model, load_model
 from mitune.denoiser.path import path_of
 from mitune.denoiser.pictures import encode_images
-from mitune.information.core import Estimator, LogisticProposal, alpha_sigma, point_wise_terms, stratified_mean
+from mitune.information import Estimator, LogisticProposal, alpha_sigma, point_wise_terms, stratified_mean
 from mitune.scoring import default_proposal
 from mitune.worlds.shapes.grammar import sample_prompt
 from mitune.worlds.shapes.scene import picture, sample_scene

@@ -18,7 +18,7 @@ from mitune.denoiser.opening.models import load_model
 from mitune.denoiser.path import path_of
 from mitune.denoiser.pictures import encode_images
 from mitune.errors import MituneError
-from mitune.information.core import Estimate, LogisticProposal, alpha_sigma, point_wise_draws, true_noise
+from mitune.information import Estimate, LogisticProposal, alpha_sigma, point_wise_draws, true_noise
 from mitune.scoring import default_proposal, score
 from mitune.worlds.shapes.grammar import COLORS, SHAPES, TEXTURES, parse
 from mitune.worlds.shapes.scene import picture, sample_scene

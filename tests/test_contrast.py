@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from mitune.information import alpha_sigma
 from mitune.information.contrast import (
     ASKED,
     Contrast,
@@ -17,7 +18,6 @@ from mitune.information.contrast import (
     smallest_margin,
     standardized_margin,
 )
-from mitune.information.core import alpha_sigma
 from mitune.prompts.rivals import NEGATIVES
 
 

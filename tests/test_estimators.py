@@ -32,7 +32,7 @@ from mitune.estimators.references import (
     smile,
 )
 from mitune.estimators.table import ESTIMATORS, get_estimator
-from mitune.information.core import TRUNCATION, LogisticProposal
+from mitune.information import TRUNCATION, LogisticProposal
 
 QUICK = Training(members=2, width=32, steps=200, batch=128, patience=2, draws=8)
 PAIR = get_task("1v1-normal-0.75")

@@ -30,7 +30,7 @@ from mitune.finetuning.draws import draw, shift_of
 from mitune.finetuning.network import AdaptedNetwork
 from mitune.finetuning.objectives.denoising import Denoising
 from mitune.finetuning.run import finetune
-from mitune.information.core import get_score
+from mitune.information import get_score
 from mitune.pool.build import build_pool
 from mitune.scoring import score
 from tests.families import CASES, PICTURE, PROMPTS, TEXT, flux

@@ -21,7 +21,7 @@ from mitune.denoiser.probe import MIProbe
 from mitune.denoiser.sampling import Request, condition, generate
 from mitune.errors import GuidanceError, ModelError
 from mitune.finetuning.adapter import add_adapter
-from mitune.information.core import get_score
+from mitune.information import get_score
 from mitune.scoring import score
 from tests.families import (
     CASES,

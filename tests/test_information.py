@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mitune.denoiser.path import path_of
 from mitune.errors import MituneError
-from mitune.information.core import (
+from mitune.information import (
     SCORES,
     TRUNCATION,
     Estimate,

@@ -33,7 +33,7 @@ from diffusers import (
 
 from mitune.denoiser.path import path_of
 from mitune.errors import MituneError
-from mitune.information.core import alpha_sigma
+from mitune.information import alpha_sigma
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 VP = [

@@ -15,7 +15,7 @@ from mitune.denoiser.opening.models import Model
 from mitune.denoiser.pictures import decode
 from mitune.denoiser.sampling import Request, candidate_seed, generate, generate_all
 from mitune.errors import MituneError
-from mitune.information.core import SCORES, Trace, get_score
+from mitune.information import SCORES, Trace, get_score
 from mitune.pool.build import build_pool
 from tests.tiny import tiny_sd, tiny_sd3
 

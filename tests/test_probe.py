@@ -26,7 +26,7 @@ from mitune.denoiser.network import denoiser_of
 from mitune.denoiser.path import path_of
 from mitune.denoiser.probe import MIProbe
 from mitune.errors import GuidanceError, MituneError, ModelError
-from mitune.information.core import SCORES, Estimate, get_score
+from mitune.information import SCORES, Estimate, get_score
 from tests.tiny import PROMPTS, SD3_CALL, tiny_sd, tiny_sd3
 
 STEPS = 6

@@ -18,7 +18,7 @@ from mitune.denoiser.opening.models import Model
 from mitune.denoiser.probe import MIProbe
 from mitune.denoiser.sampling import Request, candidate_seed, generate
 from mitune.errors import MituneError
-from mitune.information.core import SCORES, get_score
+from mitune.information import SCORES, get_score
 from mitune.pool.build import build_pool
 from mitune.pool.race import Race
 from mitune.prompts.rivals import NEGATIVES, rivals_of

@@ -15,7 +15,7 @@ from mitune.denoiser.opening.models import model_folder
 from mitune.denoiser.path import path_of
 from mitune.denoiser.pictures import encode_images
 from mitune.errors import GuidanceError, MituneError
-from mitune.information.core import UNITS, Estimate, LogisticProposal, RectifiedFlowProposal
+from mitune.information import UNITS, Estimate, LogisticProposal, RectifiedFlowProposal
 from mitune.scoring import default_proposal, grid_of, save_heat_map, score
 from tests.draws import ESTIMATORS, MODELS, covered, recorded
 from tests.families import CASES

@@ -10,7 +10,7 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from mitune.information.core import Estimate
+from mitune.information import Estimate
 from mitune.worlds.shapes.grammar import CATEGORIES, COLORS, SHAPES, Phrase, Prompt, forms, parse, sample_prompt
 from mitune.worlds.shapes.scene import KINDS, Object, log_likelihood, render, sample_scene
 from mitune.worlds.shapes.truth import Truth, every_scene

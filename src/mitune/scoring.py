@@ -28,8 +28,7 @@ from mitune.denoiser.pictures import encode_images
 from mitune.denoiser.sampling import first_step
 from mitune.errors import MituneError
 from mitune.files.images import on_grid
-from mitune.information.contrast import normalized_margins
-from mitune.information.core import (
+from mitune.information import (
     TRUNCATION,
     UNITS,
     Estimate,
@@ -38,6 +37,7 @@ from mitune.information.core import (
     Proposal,
     point_wise_draws,
 )
+from mitune.information.contrast import normalized_margins
 from mitune.pool.evidence import gather
 from mitune.pool.scores import CONTRAST, own_negatives, score_named
 from mitune.prompts.lists import refuse_cut
@@ -83,7 +83,7 @@ def score(
     Raises MituneError for numbers that do not fit, for pictures that are too small, for prompts that the call would
     cut, and for an unknown estimator or scheduler; and GuidanceError if the
     model has no pass without the prompt.
-    Source: eq. (1) of `mitune.information.core`; standard and orthogonal after ITD (Kong et al., 2024), self-confidence
+    Source: eq. (1) of `mitune.information`; standard and orthogonal after ITD (Kong et al., 2024), self-confidence
     after SOLACE (arXiv 2603.00918).
     """
     if len(images) != len(prompts):

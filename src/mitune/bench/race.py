@@ -24,7 +24,7 @@ from mitune.denoiser.pictures import decode
 from mitune.denoiser.probe import MIProbe
 from mitune.denoiser.sampling import Request, candidate_seed, generate
 from mitune.evaluation.statistics import Interval, bootstrap, bootstrap_ratio, numbers
-from mitune.information.core import SCORES
+from mitune.information import SCORES
 from mitune.pool.evidence import gather
 from mitune.pool.race import GROUP, Race
 from mitune.pool.scores import CONTRAST, score_named

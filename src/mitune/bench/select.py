@@ -24,8 +24,8 @@ from mitune.denoiser.opening.models import Model, load_model
 from mitune.denoiser.pictures import decode
 from mitune.denoiser.sampling import Request, candidate_seed, generate_all
 from mitune.errors import MituneError
+from mitune.information import Trace
 from mitune.information.contrast import ASKED, LOG_SNR_RANGE, Evidence
-from mitune.information.core import Trace
 from mitune.pool.evidence import DRAWS, gather
 from mitune.prompts.rivals import NEGATIVES, NULL, OTHERS, WORDS, Rivals, rivals_of
 from mitune.run.locks import sole_worker

@@ -39,7 +39,7 @@ from mitune.denoiser.path import path_of
 from mitune.denoiser.pictures import encode_images
 from mitune.denoiser.sampling import condition
 from mitune.errors import MituneError
-from mitune.information.core import (
+from mitune.information import (
     Estimator,
     LogisticProposal,
     Predict,

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from scipy.stats import ConstantInputWarning, kendalltau, spearmanr
 
 from mitune.bench.truth import ASKED, CAPTION, MIXTURE, SPLIT, UNRELATED, Gap, Pair, Study
-from mitune.information.core import Estimate
+from mitune.information import Estimate
 from mitune.worlds.shapes.check import Share
 from mitune.worlds.shapes.truth import Truth
 

@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from mitune.information import SCORES, Trace
 from mitune.information.contrast import (
     LOG_SNR_RANGE,
     Band,
@@ -29,7 +30,6 @@ from mitune.information.contrast import (
     smallest_margin,
     standardized_margin,
 )
-from mitune.information.core import SCORES, Trace
 from mitune.pool.scores import CONTRAST, SINGLE, TwoStages, best
 from mitune.pool.selection import mean_rank
 from mitune.prompts.rivals import NEGATIVES, NULL, OTHERS, WORDS

@@ -272,7 +272,7 @@ def generate(
     from mitune.denoiser.opening.models import load_model
     from mitune.denoiser.pictures import check_pictures, decode
     from mitune.denoiser.sampling import Request, candidate_seed, default_batch_size, generate_all
-    from mitune.information.core import SCORES
+    from mitune.information import SCORES
     from mitune.prompts.lists import check_prompts
     from mitune.run.store import write_image
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mitune.denoiser.network import denoiser_of, execution_device, network_output
 from mitune.denoiser.path import NoisePath, path_of
-from mitune.information.core import alpha_sigma, epsilon_and_sample
+from mitune.information import alpha_sigma, epsilon_and_sample
 
 
 class Denoiser(Protocol):

@@ -31,7 +31,7 @@ from diffusers import (
 from torch import Tensor
 
 from mitune.errors import MituneError
-from mitune.information.core import Predicts, alpha_sigma
+from mitune.information import Predicts, alpha_sigma
 
 log = logging.getLogger(__name__)
 

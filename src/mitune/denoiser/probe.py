@@ -29,7 +29,7 @@ from mitune.denoiser.guidance import ROWS, Handed, Sum, steps_watched, sums
 from mitune.denoiser.network import Family, as_tensor, denoiser_of, family_of, network_output
 from mitune.denoiser.path import NoisePath, path_of
 from mitune.errors import GuidanceError, MituneError, ModelError
-from mitune.information.core import (
+from mitune.information import (
     Trace,
     alpha_sigma,
     epsilon_and_sample,

@@ -23,7 +23,7 @@ from mitune.denoiser.opening.calls import calling
 from mitune.denoiser.opening.models import Model, prompted
 from mitune.denoiser.probe import MIProbe
 from mitune.denoiser.quiet import quiet_pipelines
-from mitune.information.core import SCORES, Trace
+from mitune.information import SCORES, Trace
 from mitune.prompts.lists import refuse_cut
 
 log = logging.getLogger(__name__)

@@ -28,7 +28,7 @@ from torch import Generator, Tensor
 
 from mitune.estimators.gaussian import Array, Canonical, Map, Skeleton, checked_pair, summary_map
 from mitune.estimators.networks import BatchedMLP, Folds, Training, point_wise, stratified, train
-from mitune.information.core import (
+from mitune.information import (
     TRUNCATION,
     Estimate,
     LogisticProposal,

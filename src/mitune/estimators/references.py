@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mitune.errors import MituneError
 from mitune.estimators.gaussian import Array, Map, Skeleton, checked_pair, marginal_map
-from mitune.information.core import Estimate
+from mitune.information import Estimate
 
 
 def _identity_map(x: Array) -> Map:

@@ -20,7 +20,7 @@ from mitune.estimators.references import (
     nguyen_wainwright_jordan,
     smile,
 )
-from mitune.information.core import Estimate
+from mitune.information import Estimate
 
 
 class Estimator(Protocol):

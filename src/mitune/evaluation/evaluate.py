@@ -22,7 +22,7 @@ from mitune.errors import MituneError
 from mitune.evaluation.metrics.base import ImageMetric, judge, merit
 from mitune.evaluation.metrics.table import metric_claim
 from mitune.evaluation.variant import Variant
-from mitune.information.core import SCORES
+from mitune.information import SCORES
 from mitune.run.locks import sole_worker
 from mitune.run.seals import is_whole, write_seal
 from mitune.run.store import claim, write_image, write_table

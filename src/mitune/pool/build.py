@@ -28,7 +28,7 @@ from mitune.denoiser.sampling import Batch, Request, candidate_seed, default_bat
 from mitune.errors import MituneError
 from mitune.evaluation.metrics.base import ImageMetric, judge, merit
 from mitune.evaluation.metrics.table import metric_claim
-from mitune.information.core import SCORES, Trace
+from mitune.information import SCORES, Trace
 from mitune.pool.assembly import SHOWN_PROMPTS, TABLE, Assembly
 from mitune.pool.race import Race, race_of
 from mitune.pool.scores import Candidates, PoolScore, own_negatives, scores_of

@@ -11,8 +11,8 @@ from mitune.denoiser.network import denoiser_of, execution_device, network_outpu
 from mitune.denoiser.opening.models import Model
 from mitune.denoiser.path import NoisePath, path_of
 from mitune.denoiser.sampling import condition
+from mitune.information import alpha_sigma, epsilon_and_sample
 from mitune.information.contrast import ALL, ASKED, LOG_SNR_RANGE, SIGNS, Band, Evidence
-from mitune.information.core import alpha_sigma, epsilon_and_sample
 from mitune.prompts.rivals import NEGATIVES, Rivals, read_whole
 
 DRAWS = 8  # noise levels

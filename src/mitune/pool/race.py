@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from mitune.config.schema import GRADUAL, Rungs
 from mitune.denoiser.probe import MIProbe
 from mitune.errors import MituneError
-from mitune.information.core import SCORES
+from mitune.information import SCORES
 from mitune.pool.scores import PoolScore
 from mitune.pool.selection import Rule, select
 

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from mitune.denoiser.opening.models import Model
 from mitune.errors import MituneError
+from mitune.information import SCORES, Trace
 from mitune.information.contrast import Band, Contrast, capped_margin, fits
-from mitune.information.core import SCORES, Trace
 from mitune.pool.evidence import gather
 from mitune.pool.selection import CONTROLS, Rule
 from mitune.prompts.negatives import load_negatives

@@ -30,7 +30,7 @@ from mitune.evaluation.statistics import (
     selection,
     summarize,
 )
-from mitune.information.core import SCORES
+from mitune.information import SCORES
 from mitune.pool.scores import POST_HOC
 from mitune.pool.selection import ORACLE, Rule, parse_rule
 from mitune.report import plots

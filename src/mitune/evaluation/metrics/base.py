@@ -14,7 +14,7 @@ from mitune.errors import MituneError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mitune.information.core import Estimate
+    from mitune.information import Estimate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
