@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from mitune.errors import MituneError, did_you_mean
 from mitune.evaluation.metrics.base import ImageMetric
 from mitune.resolver import Row, Table, is_location
+
+if TYPE_CHECKING:
+    from typer import Typer
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +60,14 @@ class World(Protocol):
 
     def negatives(self, prompt: str, /) -> list[Negative] | None:
         """Every hard negative of a prompt; None for a prompt that is not one of this world."""
+
+
+@runtime_checkable
+class WorldWithCommands(Protocol):
+    """A world that has commands of its own, below `mitune` and its name in the table."""
+
+    @property
+    def commands(self) -> Typer: ...
 
 
 WORLDS: Table[World] = Table(

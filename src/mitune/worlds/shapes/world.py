@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 
+from typer import Typer
+
 from mitune.errors import MituneError
 from mitune.evaluation.metrics.base import ImageMetric
 from mitune.worlds.base import EmbeddedModel, Listed, Negative
@@ -45,6 +47,13 @@ class ShapesWorld:
         from mitune.worlds.shapes.metric import ShapesMetric  # with numpy, which naming a model need not load
 
         return ShapesMetric()
+
+    @property
+    def commands(self) -> Typer:
+        """`mitune shapes ...`."""
+        from mitune.worlds.shapes.cli import app
+
+        return app
 
     def prompts(self, name: str) -> list[Listed]:
         """`train` or `heldout`, whole or by category: `train/color`. Raises MituneError for another name."""
