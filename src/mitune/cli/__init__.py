@@ -12,9 +12,11 @@ from typer import Option
 
 from mitune.cli import bench, listing, method
 from mitune.cli.boundary import Commands
+from mitune.resolver import Table
 from mitune.run.versions import check_versions
 from mitune.worlds.base import WORLDS, WorldWithCommands, worlds
 
+_APPS: Table[typer.Typer] = Table("app", typer.Typer, {})  # of worlds, which have no short names
 app = typer.Typer(
     cls=Commands,
     no_args_is_help=True,
@@ -29,7 +31,7 @@ app.add_typer(listing.app)
 app.add_typer(bench.app, name="bench")
 for name, world in zip(WORLDS.rows, worlds(), strict=True):
     if isinstance(world, WorldWithCommands):
-        app.add_typer(world.commands, name=name)
+        app.add_typer(_APPS.resolve(world.commands), name=name)
 
 
 @app.callback()

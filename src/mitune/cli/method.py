@@ -35,6 +35,7 @@ from mitune.cli.options import (
     stage,
 )
 from mitune.config.ranges import ends_of
+from mitune.config.resolve import differences
 from mitune.config.schema import GRADUAL, Config, RaceSetting
 from mitune.errors import MituneError
 
@@ -112,7 +113,11 @@ def tune(
         "pool.keep": keep, "pool.select": select, "pool.race": _race(race), "pool.negatives": negatives,
         "pool.seed": seed, "method": method, "rounds": rounds,
     }  # fmt: skip
-    _tune(settings_of(preset, config_file, assignments, options), run)
+    config = settings_of(preset, config_file, assignments, options)
+    if preset is not None:
+        settings = ", ".join(f"{name}={value}" for name, value in differences(config).items())
+        console.print(Text(f"Other than the defaults: {settings}"), soft_wrap=True)
+    _tune(config, run)
 
 
 def _tune(config: Config, run: Path) -> None:

@@ -9,14 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from mitune.errors import MituneError, did_you_mean
 from mitune.evaluation.metrics.base import ImageMetric
 from mitune.resolver import Row, Table, is_location
-
-if TYPE_CHECKING:
-    from typer import Typer
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +64,8 @@ class WorldWithCommands(Protocol):
     """A world that has commands of its own, below `mitune` and its name in the table."""
 
     @property
-    def commands(self) -> Typer: ...
+    def commands(self) -> str:
+        """Where they are, as package.module:attribute: an app of typer."""
 
 
 WORLDS: Table[World] = Table(

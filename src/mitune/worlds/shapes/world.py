@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 
-from typer import Typer
-
 from mitune.errors import MituneError
 from mitune.evaluation.metrics.base import ImageMetric
 from mitune.worlds.base import EmbeddedModel, Listed, Negative
@@ -40,6 +38,7 @@ class ShapesWorld:
     """Prompts of a small grammar, their exact hard negatives, the judge, and two models (docs/shapes.md)."""
 
     models = MODELS
+    commands = "mitune.worlds.shapes.cli:app"
 
     @property
     def metric(self) -> ImageMetric:
@@ -47,13 +46,6 @@ class ShapesWorld:
         from mitune.worlds.shapes.metric import ShapesMetric  # with numpy, which naming a model need not load
 
         return ShapesMetric()
-
-    @property
-    def commands(self) -> Typer:
-        """`mitune shapes ...`."""
-        from mitune.worlds.shapes.cli import app
-
-        return app
 
     def prompts(self, name: str) -> list[Listed]:
         """`train` or `heldout`, whole or by category: `train/color`. Raises MituneError for another name."""
