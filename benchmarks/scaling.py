@@ -56,7 +56,7 @@ def pool_seconds(*, prompts: int = 1, candidates: int = BATCH, steps: int = 5, p
     model = load_model(ModelConfig(name="shapes-sd", steps=steps, call={"height": side, "width": side}))
     listed = [prompt.text for prompt in prompt_list("color")[:prompts]]
     with tempfile.TemporaryDirectory() as folder:
-        config = PoolConfig(candidates=candidates, batch_size=BATCH, race=())
+        config = PoolConfig(candidates=candidates, batch_size=BATCH, race="off")
         return seconds(lambda: build_pool(model, listed, Path(folder) / "pool", config))
 
 

@@ -26,7 +26,7 @@ FLOORS = (
     ("tuning", "scoring", "estimators"),
     ("bench",),
     ("worlds",),
-    ("cli",),
+    ("cli", "worlds.shapes.cli"),
 )
 MODULES = sorted(".".join(path.relative_to(SOURCE).with_suffix("").parts) for path in SOURCE.rglob("*.py"))
 

@@ -134,7 +134,7 @@ def spoil(monkeypatch, *prompts):
 @pytest.mark.parametrize("place", [0, 2])
 def test_a_prompt_without_any_image_costs_itself_alone(model, tmp_path, monkeypatch, caplog, select, place):
     spoil(monkeypatch, PROMPTS[place])
-    config = PoolConfig(candidates=3, select=(select,), batch_size=3, race=())
+    config = PoolConfig(candidates=3, select=(select,), batch_size=3, race="off")
     result = build_pool(model, PROMPTS, tmp_path / "pool", config)
     assert f"no image of 1 prompts: {PROMPTS[place]}" in caplog.text
     (target,) = result.sets.values()

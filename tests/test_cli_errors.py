@@ -11,8 +11,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from mitune.cli import app
-from mitune.cli.boundary import Commands, last_word
-from mitune.config.resolve import PRESETS
+from mitune.cli.boundary import Commands, last_word, resumable
+from mitune.config.presets import PRESETS
 from mitune.errors import MituneError
 from mitune.run.stopping import Stopped
 from tests.tiny import tiny_sd
@@ -105,7 +105,7 @@ def test_help_ends_in_an_example():
 def test_help_says_which_models_presets_take():
     _, shown = invoke("tune", "--help")
     for name, preset in PRESETS.items():
-        assert name in shown and preset["model"]["name"] in shown
+        assert name in shown and preset.model.name in shown
     assert "hf auth login" in shown
 
 
@@ -123,6 +123,7 @@ def failing(error):
         pass
 
     @application.command()
+    @resumable
     def pool():
         raise error
 

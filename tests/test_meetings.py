@@ -34,7 +34,7 @@ except MituneError as error:
     print(error)
     sys.exit(2)
 """
-CONFIG = PoolConfig(candidates=4, batch_size=4, select=("self-confidence", "random"), race=())
+CONFIG = PoolConfig(candidates=4, batch_size=4, select=("self-confidence", "random"), race="off")
 
 
 @pytest.fixture(scope="module")

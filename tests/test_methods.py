@@ -26,6 +26,11 @@ class Nothing:
             step(1, 1)
         return [Variant(name="nothing"), Variant(name="more guidance", guidance_scale=4.0)]
 
+class Ranks:
+    needs = "ranked"
+    def __call__(self, batch, network):
+        return batch.advantages * network(batch).flatten(1).mean(dim=1)
+
 class Unwilling(Nothing):
     def check(self, config, prompts, base):
         raise MituneError(f"{len(prompts)} prompts are too few for {base.name}; give more.")
@@ -94,6 +99,12 @@ def test_method_of_the_docs(here):
 def test_method_that_cannot_be_is_refused_before_anything_is_made(method, sentence, here):
     status, shown = tune(method)
     assert (status, sentence in shown) == (2, True), shown
+    assert not (here / "run").exists()
+
+
+def test_objective_that_the_sets_of_a_pool_do_not_serve_is_refused_before_they_are_made(here):
+    status, shown = tune("mi-tune", "--set", "finetune.objective=mine:Ranks")
+    assert (status, "mine:Ranks needs a ranked set" in shown) == (2, True), shown
     assert not (here / "run").exists()
 
 

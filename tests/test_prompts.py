@@ -147,6 +147,36 @@ class TestStructured:
             load(tmp_path, content, name)
 
 
+class TestLabels:
+    """Category and split come of columns or fields, of T2I-CompBench's way of naming its files, and of nothing else."""
+
+    @pytest.mark.parametrize(
+        ("name", "labels"),
+        [
+            ("color_val_unseen.txt", ("color", "unseen")),
+            ("3d_spatial_val.txt", ("3d_spatial", "")),
+            ("color_train.txt", ("color", "")),
+            ("never_seen.txt", ("", "")),
+            ("color_val_seen.md", ("", "")),
+            ("prompts.txt", ("", "")),
+        ],
+    )
+    def test_names(self, tmp_path, name, labels):
+        (prompt,) = load(tmp_path, "a cat\n", name)
+        assert (prompt.category, prompt.split) == labels
+
+    @pytest.mark.parametrize(
+        ("name", "content"),
+        [
+            ("p.csv", "Split,prompt,Tag\nunseen,a cat,animal\n"),
+            ("color_val_seen.txt", '{"prompt": "a cat", "category": "animal", "split": "unseen"}\n'),
+        ],
+    )
+    def test_columns_and_fields(self, tmp_path, name, content):
+        (prompt,) = load(tmp_path, content, name)
+        assert (prompt.category, prompt.split) == ("animal", "unseen")
+
+
 class TestRefusals:
     @pytest.mark.parametrize(
         ("content", "sentence"),

@@ -217,7 +217,7 @@ class TestPool:
         assert (again.denoiser_calls, again.unraced_calls) == (3 * 32, 3 * 64)
 
     def test_a_race_that_drops_nobody_selects_the_same(self, model, tmp_path):
-        for name, rungs in (("raced", ((0.5, 0.95),)), ("whole", ())):
+        for name, rungs in (("raced", ((0.5, 0.95),)), ("whole", "off")):
             result = build_pool(model, PROMPTS, tmp_path / name / "pool", replace(CONFIG, race=rungs))
             assert result.denoiser_calls == result.unraced_calls
         tables = [pq.read_table(tmp_path / name / "pool" / "candidates.parquet") for name in ("raced", "whole")]
@@ -245,7 +245,7 @@ class TestPool:
     @pytest.mark.parametrize("rule", ["random", "oracle", "mi-tune@0.9", "fits"])
     def test_selections_that_need_all_are_refused(self, model, tmp_path, rule):
         config = replace(CONFIG, select=("mi-tune", rule))
-        with pytest.raises(MituneError, match=r"needs all of them finished; leave that out, or set pool.race=\[\]"):
+        with pytest.raises(MituneError, match=r"needs all of them finished; leave that out, or set pool.race=off"):
             build_pool(model, PROMPTS, tmp_path / "pool", config, metric=lambda _images, _prompts: [])
 
     @pytest.mark.parametrize(
@@ -253,7 +253,7 @@ class TestPool:
         [("contrast", True), ("self-confidence", True), ("self-confidence@0.5", False), ("mi-tune", False)],
     )
     def test_by_default_where_self_confidence_decides(self, model, tmp_path, select, raced):
-        config = replace(CONFIG, select=(select,), race=None)
+        config = replace(CONFIG, select=(select,), race="auto")
         result = build_pool(model, PROMPTS[:1], tmp_path / "pool", config)
         assert (result.denoiser_calls < result.unraced_calls) == raced
         both = build_pool(model, PROMPTS[:1], tmp_path / "both", replace(config, select=(select, "random")))

@@ -71,7 +71,7 @@ def test_without_rivals_the_online_score_decides(model):
 
 @pytest.mark.parametrize(("name", "paid"), [("fits", 8), ("contrast", 2)])
 def test_a_pool_selects_by_its_own_column(model, tmp_path, name, paid):
-    config = PoolConfig(candidates=8, keep=1, select=(name,), batch_size=8, race=())
+    config = PoolConfig(candidates=8, keep=1, select=(name,), batch_size=8, race="off")
     rows = pq.read_table(build_pool(model, ["a circle and a square"], tmp_path / "pool", config).table).to_pydict()
     values = torch.tensor(rows[f"score.{name}"])
     assert values.isfinite().sum() == paid
@@ -81,7 +81,7 @@ def test_a_pool_selects_by_its_own_column(model, tmp_path, name, paid):
 def test_a_tie_changes_no_stored_value(model, tmp_path, monkeypatch):
     """With every candidate at the ceiling, a threshold of 1 keeps the most self-confident k of them."""
     monkeypatch.setattr(Candidates, "contrast", lambda self, _contrast, _places: self.online["mi-tune"] * 0 + 1)
-    config = PoolConfig(candidates=8, keep=3, select=("contrast>=1",), batch_size=8, race=())
+    config = PoolConfig(candidates=8, keep=3, select=("contrast>=1",), batch_size=8, race="off")
     rows = pq.read_table(build_pool(model, [PROMPT], tmp_path / "pool", config).table).to_pydict()
     assert rows["score.contrast"] == [1.0] * 8
     confidence = torch.tensor(rows["score.self-confidence"])

@@ -17,6 +17,7 @@ from mitune.errors import MituneError
 from mitune.worlds.shapes.check import check_category
 from mitune.worlds.shapes.grammar import CATEGORIES, Phrase, Prompt, PromptError, forms, parse, sample_prompt
 from mitune.worlds.shapes.judge import judge, read
+from mitune.worlds.shapes.metric import ShapesMetric
 from mitune.worlds.shapes.prompts import HELD_OUT, TRAIN, combinations, prompt_list, shapes_prompts
 from mitune.worlds.shapes.scene import COLORS, Object, log_likelihood, parts, picture, render, sample_scene
 from mitune.worlds.shapes.world import MODELS
@@ -120,6 +121,16 @@ def test_judge_reads_relations(relation):
     assert judge(picture, f"a red circle {relation} a blue cross").exact
     assert not judge(picture, f"a red circle {inverse[relation]} a blue cross").exact
     assert judge(picture, f"a blue cross {inverse[relation]} a red circle").exact
+
+
+def test_metric_reads_pictures_of_other_models():
+    """Square ones of any size; a scene that is drawn larger is the same scene."""
+    drawing = picture(scene_of("a red circle", seed=1))
+    metric = ShapesMetric()
+    (judgment,) = metric([drawing], ["a red circle"])
+    assert judgment.right and metric([drawing.resize((512, 512), 0)], ["a red circle"]) == [judgment]
+    with pytest.raises(MituneError, match="this one has 32 × 64"):
+        metric([drawing.resize((32, 64))], ["a red circle"])
 
 
 def test_judge_refuses_another_size():

@@ -20,7 +20,7 @@ def tiny(tmp_path, **changes) -> Config:
     (tmp_path / "prompts.txt").write_text("a red circle\nthree green crosses\n")
     config = Config(
         model=ModelConfig(device="cpu", steps=2),
-        pool=PoolConfig(candidates=3, select=("self-confidence",), race=()),
+        pool=PoolConfig(candidates=3, select=("self-confidence",), race="off"),
         finetune=FinetuneConfig(adapter="lora", rank=2, alpha=2.0, batch_size=2, iterations=2, checkpoint_every=1),
         eval=EvalConfig(images=1, batch_size=4),
         prompts=str(tmp_path / "prompts.txt"),

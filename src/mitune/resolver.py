@@ -111,8 +111,17 @@ def _require_fit(kind: str, name: str, value: object, fits: type[object]) -> Non
     if not is_protocol(fits):
         if not isinstance(value, fits):
             raise MituneError(f"The {kind} {name} is of the type {type(value).__name__}; it must be a {_place(fits)}.")
-    elif missing := sorted(member for member in get_protocol_members(fits) if not hasattr(value, member)):
+    elif missing := sorted(member for member in get_protocol_members(fits) if not _has(value, member)):
         raise MituneError(f"The {kind} {name} lacks {', '.join(missing)}; add what {_place(fits)} asks for.")
+
+
+def _has(value: object, member: str) -> bool:
+    """Whether there is such an attribute; one that is computed is not asked for, as it may be dear."""
+    try:
+        inspect.getattr_static(value, member)
+    except AttributeError:
+        return hasattr(value, member)
+    return True
 
 
 def _place(fits: type[object]) -> str:

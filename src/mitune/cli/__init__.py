@@ -10,10 +10,13 @@ from typing import Annotated
 import typer
 from typer import Option
 
-from mitune.cli import bench, method, shapes
+from mitune.cli import bench, listing, method
 from mitune.cli.boundary import Commands
+from mitune.resolver import Table
 from mitune.run.versions import check_versions
+from mitune.worlds.base import WORLDS, WorldWithCommands, worlds
 
+_APPS: Table[typer.Typer] = Table("app", typer.Typer, {})  # of worlds, which have no short names
 app = typer.Typer(
     cls=Commands,
     no_args_is_help=True,
@@ -24,8 +27,11 @@ app = typer.Typer(
     "Then on a real one:  `mitune tune --preset mi-tune-sd21 --prompts prompts.txt --run runs/sd21`",
 )
 app.add_typer(method.app)
-app.add_typer(shapes.app, name="shapes")
+app.add_typer(listing.app)
 app.add_typer(bench.app, name="bench")
+for name, world in zip(WORLDS.rows, worlds(), strict=True):
+    if isinstance(world, WorldWithCommands):
+        app.add_typer(_APPS.resolve(world.commands), name=name)
 
 
 @app.callback()

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from typer import Option
 
-from mitune.cli.boundary import Commands
+from mitune.cli.boundary import Commands, resumable
 from mitune.cli.options import Assignments, Device, Guidance, PromptField, RunFolder, Selection, say, settings_of, stage
 from mitune.config.schema import ModelConfig
 from mitune.errors import MituneError
@@ -36,6 +36,7 @@ def _models(
 
 
 @app.command(name="mi")
+@resumable
 def bench_mi(
     tasks: Annotated[str, Option(help="Names with commas between them, or all: the 40 of the benchmark.")] = "all",
     estimators: Annotated[str, Option(help="Names with commas between them, e.g. RFMI,KSG.")] = "RFMI,Gaussian-copula",
@@ -75,6 +76,7 @@ def bench_mi(
 
 
 @app.command(name="knows")
+@resumable
 def bench_knows(
     model: Annotated[
         list[str] | None, Option("--model", "-m", help="Hub id, diffusers folder, or an embedded model. Repeatable.")
@@ -149,6 +151,7 @@ def bench_knows(
 
 
 @app.command(name="select")
+@resumable
 def bench_select(
     model: Annotated[
         list[str] | None, Option("--model", "-m", help="An embedded model, or a folder of such a one. Repeatable.")
@@ -202,6 +205,7 @@ def bench_select(
 
 
 @app.command(name="tune")
+@resumable
 def bench_tune(
     model: Annotated[list[str] | None, Option("--model", "-m", help="An embedded model. Repeatable.")] = None,
     select: Selection = None,
@@ -236,6 +240,7 @@ def bench_tune(
 
 
 @app.command(name="race")
+@resumable
 def bench_race(
     model: Annotated[
         list[str] | None, Option("--model", "-m", help="An embedded model, or a folder of such a one. Repeatable.")

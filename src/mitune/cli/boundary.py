@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import traceback
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 from rich.text import Text
 from typer import Exit
@@ -15,15 +16,19 @@ from mitune.cli.options import console
 from mitune.errors import MituneError, first_line, raised_in
 from mitune.run.stopping import Stopped, signals_raised
 
-# Commands that go on where they were stopped, when they are given again.
-GOES_ON = {
-    "mitune demo", "mitune tune", "mitune pool", "mitune train", "mitune eval", "mitune shapes train",
-    "mitune bench mi", "mitune bench knows", "mitune bench select", "mitune bench tune", "mitune bench race",
-}  # fmt: skip
+P = ParamSpec("P")
+R = TypeVar("R")
+_GOES_ON = "goes_on"  # an attribute of commands
 PACKAGES = {
     "mitune", "accelerate", "diffusers", "huggingface_hub", "matplotlib", "peft", "PIL", "pyarrow", "safetensors",
     "tokenizers", "torch", "transformers", "yaml",
 }  # fmt: skip
+
+
+def resumable(command: Callable[P, R]) -> Callable[P, R]:
+    """Marks a command that goes on where it was stopped, when it is given again."""
+    setattr(command, _GOES_ON, True)
+    return command
 
 
 class Commands(TyperGroup):
@@ -50,8 +55,9 @@ class Commands(TyperGroup):
                 raise
             if ctx.find_root().params.get("debug"):
                 traceback.print_exception(error)
-            command = f"{ctx.command_path} {ctx.invoked_subcommand}"
-            sentence, status = last_word(error, goes_on=command in GOES_ON)
+            command = self.commands.get(ctx.invoked_subcommand or "")
+            goes_on = getattr(command and command.callback, _GOES_ON, False)
+            sentence, status = last_word(error, goes_on=goes_on)
             with contextlib.suppress(OSError):  # the terminal may be gone
                 console.print(sentence, soft_wrap=True)
             raise Exit(status) from None

@@ -11,6 +11,7 @@ import typer
 from rich.text import Text
 from typer import Argument, Option
 
+from mitune.cli.boundary import resumable
 from mitune.cli.options import (
     Assignments,
     Candidates,
@@ -18,6 +19,7 @@ from mitune.cli.options import (
     Device,
     Guidance,
     Keep,
+    MetricName,
     ModelName,
     Negatives,
     Preset,
@@ -33,18 +35,20 @@ from mitune.cli.options import (
     stage,
 )
 from mitune.config.ranges import ends_of
-from mitune.config.schema import GRADUAL, Config
+from mitune.config.resolve import differences
+from mitune.config.schema import GRADUAL, Config, RaceSetting
 from mitune.errors import MituneError
 
 app = typer.Typer()
 
 
-def _rungs(race: bool | None) -> list[list[float]] | None:
-    """The rungs that --race and --no-race stand for; None where neither is given."""
-    return None if race is None else [list(rung) for rung in GRADUAL if race]
+def _race(race: bool | None) -> RaceSetting | None:
+    """What --race and --no-race stand for; None where neither is given."""
+    return None if race is None else GRADUAL if race else "off"
 
 
 @app.command()
+@resumable
 def demo(
     run: RunFolder = Path("runs/demo"),
     model: ModelName = None,
@@ -64,15 +68,15 @@ def demo(
 
 
 @app.command()
+@resumable
 def tune(
     preset: Preset = None,
     config_file: ConfigFile = None,
     model: ModelName = None,
     prompts: PromptSource = None,
     prompt_field: PromptField = None,
-    eval_prompts: Annotated[
-        str | None, Option(help="Held-out prompts to judge by; needs a model with a judge.")
-    ] = None,
+    eval_prompts: Annotated[str | None, Option(help="Held-out prompts to judge by; needs a metric.")] = None,
+    metric: MetricName = None,
     candidates: Candidates = None,
     keep: Keep = None,
     select: Selection = None,
@@ -105,11 +109,15 @@ def tune(
     """
     options = {
         "model.name": model, "model.guidance_scale": guidance_scale, "model.device": device, "prompts": prompts,
-        "prompt_field": prompt_field, "eval_prompts": eval_prompts, "pool.candidates": candidates, "pool.keep": keep,
-        "pool.select": select, "pool.race": _rungs(race), "pool.negatives": negatives, "pool.seed": seed,
-        "method": method, "rounds": rounds,
+        "prompt_field": prompt_field, "eval_prompts": eval_prompts, "metric": metric, "pool.candidates": candidates,
+        "pool.keep": keep, "pool.select": select, "pool.race": _race(race), "pool.negatives": negatives,
+        "pool.seed": seed, "method": method, "rounds": rounds,
     }  # fmt: skip
-    _tune(settings_of(preset, config_file, assignments, options), run)
+    config = settings_of(preset, config_file, assignments, options)
+    if preset is not None:
+        settings = ", ".join(f"{name}={value}" for name, value in differences(config).items())
+        console.print(Text(f"Other than the defaults: {settings}"), soft_wrap=True)
+    _tune(config, run)
 
 
 def _tune(config: Config, run: Path) -> None:
@@ -125,12 +133,14 @@ def _tune(config: Config, run: Path) -> None:
 
 
 @app.command()
+@resumable
 def pool(
     preset: Preset = None,
     config_file: ConfigFile = None,
     model: ModelName = None,
     prompts: PromptSource = None,
     prompt_field: PromptField = None,
+    metric: MetricName = None,
     candidates: Candidates = None,
     keep: Keep = None,
     select: Selection = None,
@@ -158,20 +168,20 @@ def pool(
 
     options = {
         "model.name": model, "model.guidance_scale": guidance_scale, "model.device": device, "prompts": prompts,
-        "prompt_field": prompt_field, "pool.candidates": candidates, "pool.keep": keep, "pool.select": select,
-        "pool.seed": seed, "pool.race": _rungs(race), "pool.negatives": negatives,
+        "prompt_field": prompt_field, "metric": metric, "pool.candidates": candidates, "pool.keep": keep,
+        "pool.select": select, "pool.seed": seed, "pool.race": _race(race), "pool.negatives": negatives,
     }  # fmt: skip
     config, part = settings_of(preset, config_file, assignments, options), _parse_shard(shard)
     loaded = load_model(config.model, adapter=adapter)
     texts = [listed.text for listed in load_prompts(config.prompts, loaded, config.prompt_field)]
-    metric = metric_for(config.metric, source=config.prompts, model=config.model.name, prompts=texts)
+    judge = metric_for(config.metric, source=config.prompts, model=config.model.name, prompts=texts)
     with stage("Making and scoring candidates") as step:
         result = build_pool(
             loaded,
             texts,
             run / "pool",
             config.pool,
-            metric=metric,
+            metric=judge,
             shard=part,
             identity=model_identity(config.model, adapter),
             progress=step,
@@ -201,6 +211,7 @@ def _parse_shard(text: str) -> tuple[int, int]:
 
 
 @app.command()
+@resumable
 def train(
     dataset: Annotated[Path, Argument(exists=True, file_okay=False, help="A fine-tuning set, made by `mitune pool`.")],
     output: Annotated[Path, Option("--output", "-o", help="Folder for the adapter.")] = Path("adapter"),
@@ -362,10 +373,12 @@ def score(
 
 
 @app.command(name="eval")
+@resumable
 def evaluate(
     run: Annotated[Path, Argument(exists=True, file_okay=False, help="A run folder with adapters.")],
     prompts: PromptSource = None,
     prompt_field: PromptField = None,
+    metric: MetricName = None,
     images: Annotated[int | None, Option("--images", "-n", min=1, help="Images a prompt.")] = None,
     guidance: Annotated[
         list[float] | None, Option(help="Also judge the base at this guidance scale. Repeatable.")
@@ -375,18 +388,24 @@ def evaluate(
 ) -> None:
     """Judge base and tuned models of a run on held-out prompts: same prompts, same seeds, paired intervals.
 
-    Example:  mitune eval runs/demo --images 8 --guidance 1.5 --guidance 3 --guidance 4
+    Examples:
+
+    mitune eval runs/demo --images 8 --guidance 1.5 --guidance 3 --guidance 4
+
+    mitune eval runs/sd21 --prompts heldout.txt --metric mine:MyMetric
     """
     from mitune.report.build import build_report, headline
     from mitune.tuning import judge_run
 
-    config = settings_of(None, run / "config.yaml", assignments, {"model.device": device})
+    config = settings_of(None, run / "config.yaml", assignments, {"model.device": device, "metric": metric})
     judged = replace(
         config.eval,
         images=images or config.eval.images,
         guidance_scales=tuple(guidance or config.eval.guidance_scales),
     )
-    source = prompts or config.eval_prompts or "shapes:heldout"
+    source = prompts or config.eval_prompts
+    if source is None:
+        raise MituneError(f"{run} names no prompts to judge by; give some with --prompts.")
     field = prompt_field or config.prompt_field
     judge_run(replace(config, eval=judged, eval_prompts=source, prompt_field=field), run, stages=stage)
     console.print(headline(run), soft_wrap=True)

@@ -21,13 +21,14 @@ from rich.progress import (
 from rich.text import Text
 from typer import Option
 
+from mitune.config.presets import PRESETS
 from mitune.config.ranges import ends_of
-from mitune.config.resolve import PRESETS, resolve
+from mitune.config.resolve import resolve
 from mitune.config.schema import Config, ModelConfig, PoolConfig
 
 console = Console(stderr=True)
 
-Preset = Annotated[str | None, Option(help=f"Settings and a model by name: {', '.join(PRESETS)}.")]
+Preset = Annotated[str | None, Option(help=f"Settings and a model by name: {', '.join(PRESETS)}; or module:attribute.")]
 ConfigFile = Annotated[Path | None, Option("--config", help="YAML file of settings, e.g. a run's config.yaml.")]
 Assignments = Annotated[
     list[str] | None,
@@ -49,11 +50,20 @@ PromptSource = Annotated[
     Option(
         "--prompts",
         "-p",
-        help="File with one prompt a line, JSON lines, or a CSV or TSV table; or an embedded list: shapes:train/color.",
+        help="File with one prompt a line, JSON lines, or a CSV or TSV table; or a list of a world: "
+        "shapes:train/color, or mine:world/train for your own in mine.py.",
     ),
 ]
 PromptField = Annotated[
     str | None, Option(help="JSON field or column that holds the prompts, where the file has several; else a guess.")
+]
+MetricName = Annotated[
+    str | None,
+    Option(
+        "--metric",
+        help="What judges: a name of `mitune list metrics`, or mine:MyMetric for your own in mine.py; by default what "
+        "comes with the prompts or the model.",
+    ),
 ]
 Candidates = Annotated[
     int | None,
@@ -69,7 +79,7 @@ Negatives = Annotated[
     Option(
         metavar="FILE",
         help='Hard negatives of your own, for scores against rival prompts: JSON lines, {"prompt": ..., "negatives": '
-        "[...]}; by rule where the file has none.",
+        "[...]}, or a world, mine:world; by rule where these have none.",
     ),
 ]
 Race = Annotated[

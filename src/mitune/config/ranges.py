@@ -6,13 +6,15 @@ import functools
 import json
 import math
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from mitune.errors import MituneError
+
+_YAML_WORDS = {False: ("off", "no"), True: ("on", "yes")}  # that YAML 1.1 reads as these, unless they are quoted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,13 +69,14 @@ def convert(value: Any, hint: Any, name: str) -> Any:
     """`value` as the type that a field asks for, and within its range; else a MituneError."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
-        return None if value is None else convert(value, next(a for a in arguments if a is not types.NoneType), name)
+        return _one_of(value, arguments, name)
     if origin is Annotated:
         kind, within = arguments
         return _number(value, kind, within, name)
     if origin is Literal:
-        _require(value in arguments, name, value, f"one of {', '.join(map(str, arguments))}")
-        return value
+        word = _word(value, arguments)
+        _require(word is not None, name, value, f"one of {', '.join(map(str, arguments))}")
+        return word
     if origin is tuple:
         return _items(value, arguments, name)
     if origin is dict:
@@ -81,6 +84,24 @@ def convert(value: Any, hint: Any, name: str) -> Any:
     what = {str: "text", bool: "true or false"}.get(hint, "a mapping of settings")
     _require(isinstance(value, hint) and (hint is not str or _is_plain(value)), name, value, what)
     return value
+
+
+def _one_of(value: Any, hints: tuple[Any, ...], name: str) -> Any:
+    """A value of `X | None`, or of `Literal[...] | X`."""
+    if value is None and types.NoneType in hints:
+        return None
+    words = [word for hint in hints if get_origin(hint) is Literal for word in get_args(hint)]
+    if (word := _word(value, words)) is not None:
+        return word
+    if words and (value is None or isinstance(value, str)):
+        _require(False, name, value, f"{', '.join(words)}, or a list, e.g. [...]")
+    return convert(value, next(h for h in hints if h is not types.NoneType and get_origin(h) is not Literal), name)
+
+
+def _word(value: Any, words: Sequence[Any]) -> Any:
+    """The word that a value is, or that YAML took for a truth value (`race: off`); None if it is none of them."""
+    written = _YAML_WORDS[value] if isinstance(value, bool) else (value,)
+    return next((word for word in words if word in written), None)
 
 
 def _number(value: Any, kind: type[int] | type[float], within: Range, name: str) -> int | float:

@@ -24,6 +24,7 @@ GuidanceScale = Annotated[
     ),
 ]
 Rungs = tuple[tuple[ProperShare, ProperShare], ...]
+RaceSetting = Literal["auto", "off"] | Rungs
 GRADUAL: Rungs = ((0.2, 0.6), (0.35, 0.45), (0.5, 0.3), (0.65, 0.25))  # half the calls of no race; docs/racing.md
 
 
@@ -83,10 +84,10 @@ class PoolConfig:
     select: tuple[str, ...] = ("contrast",)  # scores or controls; each makes a set of its own
     batch_size: BatchSize | None = None  # candidates in one call of the denoiser; None: as many as fit
     # Rungs of a race: after this share of the steps, this share of a prompt's candidates stays, by the scores of
-    # `select`. None: GRADUAL where these all begin with self-confidence, else no race. Empty: never.
-    race: Rungs | None = None
-    # JSON lines of hard negatives, {"prompt": ..., "negatives": [...]}, for scores that hold an image against rival
-    # prompts. None, and for prompts that the file lacks: those that rules make.
+    # `select`. "auto": GRADUAL where these all begin with self-confidence, else "off", no race.
+    race: RaceSetting = "auto"
+    # Hard negatives, for scores that hold an image against rival prompts: JSON lines, {"prompt": ..., "negatives":
+    # [...]}, or a world of one's own, mine:world. None, and for prompts that these lack: those that rules make.
     negatives: str | None = None
     seed: Seed = 0
 
@@ -96,11 +97,13 @@ class PoolConfig:
             1 <= self.keep <= self.candidates,
             f"pool.keep = {self.keep} must lie between 1 and pool.candidates = {self.candidates}.",
         )
-        rungs = self.race or ()
+        rungs = () if isinstance(self.race, str) else self.race
         _require(
-            all(a < c and b > d for (a, b), (c, d) in pairwise(rungs)),
+            (len(rungs) > 0 or isinstance(self.race, str))
+            and all(a < c and b > d for (a, b), (c, d) in pairwise(rungs)),
             f"pool.race = {[list(rung) for rung in rungs]} must be a list of [share of the steps, share of the "
-            "candidates that stays], the first rising and the second falling, e.g. [[0.25, 0.5], [0.5, 0.25]].",
+            "candidates that stays], the first rising and the second falling, e.g. [[0.25, 0.5], [0.5, 0.25]]; or "
+            "auto, or off.",
         )
         _require(len(self.select) >= 1, "pool.select is empty; name at least one score, e.g. contrast.")
         _require(

@@ -13,9 +13,11 @@ from pathlib import Path
 from mitune.config.schema import Config, PoolConfig
 from mitune.denoiser.opening.identity import model_identity
 from mitune.denoiser.opening.models import Model, load_model
+from mitune.errors import MituneError
 from mitune.evaluation.metrics.base import ImageMetric
 from mitune.evaluation.metrics.table import metric_for
 from mitune.evaluation.variant import Variant
+from mitune.finetuning.objectives.base import OBJECTIVES
 from mitune.finetuning.run import check_trainable, finetune
 from mitune.pool.build import build_pool
 from mitune.pool.scores import own_negatives, scores_of, want_negatives
@@ -34,6 +36,11 @@ class MITune:
         """Raises MituneError for a model that cannot be trained, selections that cannot be, and prompts that the judge
         or the user's hard negatives do not fit."""
         check_trainable(config.model, config.finetune, base.pipe)
+        if OBJECTIVES.resolve(config.finetune.objective).needs == "ranked":
+            raise MituneError(
+                f"finetune.objective = {config.finetune.objective} needs a ranked set, and a pool's sets hold what is "
+                "kept alone; add advantages to a set and give it to `mitune train`, or set another objective."
+            )
         texts = [listed.text for listed in prompts]
         _metric(config, texts)
         own_negatives(config.pool.negatives, scores_of(map(parse_rule, config.pool.select)), texts, base)

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from mitune.config.schema import GRADUAL, Rungs
+from mitune.config.schema import GRADUAL, RaceSetting, Rungs
 from mitune.denoiser.probe import MIProbe
 from mitune.errors import MituneError
 from mitune.information import SCORES
@@ -77,23 +77,24 @@ class Race:
 
 
 def race_of(
-    rungs: Rungs | None, rules: Sequence[Rule], scores: Mapping[str, PoolScore], *, candidates: int, keep: int
+    setting: RaceSetting, rules: Sequence[Rule], scores: Mapping[str, PoolScore], *, candidates: int, keep: int
 ) -> Race | None:
-    """The race by these rungs, by default where self-confidence decides; None without one.
+    """The race by the rungs of PoolConfig.race, if it is "auto" only where self-confidence decides; None without one.
 
-    rungs: as in PoolConfig.race. scores: those that the rules name, without the controls. Raises MituneError for a rule
-    that needs all candidates finished: a control, a quantile, a score that does not go with an on-line one.
+    scores: those that the rules name, without the controls. Raises MituneError for a rule that needs all candidates
+    finished: a control, a quantile, a score that does not go with an on-line one.
     """
     online = {rule: scores[rule.by].online for rule in rules if rule.by in scores and rule.quantile is None}
-    if rungs is None:
-        rungs = GRADUAL if all(online.get(rule) == SAFE for rule in rules) else ()
-    if not rungs:
+    rungs = setting
+    if rungs == "auto":
+        rungs = GRADUAL if all(online.get(rule) == SAFE for rule in rules) else "off"
+    if rungs == "off":
         return None
     for rule in rules:
         if online.get(rule) is None:
             raise MituneError(
                 f"pool.race drops candidates half-way, but pool.select names {rule.slug!r}, which needs all of them "
-                "finished; leave that out, or set pool.race=[] (--no-race)."
+                "finished; leave that out, or set pool.race=off (--no-race)."
             )
     staged = any(not scores[rule.by].is_online for rule in rules)
     chosen_from = 2 * keep if staged else keep  # a second stage needs a choice

@@ -26,8 +26,8 @@ from mitune.pool.evidence import gather
 from mitune.pool.selection import CONTROLS, Rule
 from mitune.prompts.negatives import load_negatives
 from mitune.prompts.rivals import KINDS, NEGATIVES, Rivals
-from mitune.resolver import Row, Table
-from mitune.worlds.base import Negative
+from mitune.resolver import Row, Table, is_location
+from mitune.worlds.base import WORLDS, Negative
 
 SINGLE = Band(-2.5, -1.5)  # one log-SNR of eight
 SHARE = 0.25  # of the candidates that a second stage sees
@@ -188,9 +188,9 @@ def want_negatives(scores: Mapping[str, PoolScore]) -> bool:
 def own_negatives(
     file: str | None, scores: Mapping[str, PoolScore], prompts: Collection[str], model: Model
 ) -> dict[str, list[Negative]] | None:
-    """The user's own hard negatives, by prompt; None without a file.
+    """The user's own hard negatives, by prompt, from a file or a world (`mine:world`); None without these.
 
-    Raises MituneError for a file that cannot be read, that has none for any of the prompts, or that no score needs.
+    Raises MituneError for one that cannot be read, that has none for any of the prompts, or that no score needs.
     """
     if file is None:
         return None
@@ -199,7 +199,11 @@ def own_negatives(
             f"pool.negatives = {file}, but no score of pool.select asks for hard negatives; leave it out, or select by "
             "one that does, e.g. contrast."
         )
-    negatives = load_negatives(Path(file), model)
+    if is_location(file):
+        world = WORLDS.resolve(file)
+        negatives = {p: known for p in prompts if (known := world.negatives(p)) is not None}
+    else:
+        negatives = load_negatives(Path(file), model)
     if not any(prompt in negatives for prompt in prompts):
         raise MituneError(f"{file} has hard negatives for none of the prompts; write them as the list of prompts does.")
     return negatives

@@ -19,7 +19,7 @@ from mitune.files.texts import Faults, read_lines
 
 log = logging.getLogger(__name__)
 FIELDS = ("prompt", "prompts", "caption", "captions", "text")  # that hold the prompts, in any case, best first
-CATEGORIES = ("category", "tag")
+CATEGORIES, SPLITS = ("category", "tag"), ("split",)  # fields and columns that say so, in any case
 _QUOTED = re.compile(r'"(?:[^"]|"")*"')
 
 
@@ -30,6 +30,7 @@ class Row:
     number: int  # of the line, or of the entry of a JSON list, from 1
     text: str
     category: str = ""
+    split: str = ""
 
 
 def read_rows(file: Path, field: str | None = None) -> tuple[list[Row], Faults]:
@@ -110,15 +111,17 @@ def _from_json(entries: Sequence[tuple[int, Any]], field: str | None, faults: Fa
     for number, entry in entries:
         text = entry.get(name) if isinstance(entry, dict) else entry
         if isinstance(text, str):
-            yield Row(number, text.strip(), _category(entry) if isinstance(entry, dict) else "")
+            labels = entry if isinstance(entry, dict) else {}
+            yield Row(number, text.strip(), _label(labels, CATEGORIES), _label(labels, SPLITS))
         else:
             faults.add(
                 number, f"no text in the field {name!r}; write one" if objects else "no text; write one in quotes"
             )
 
 
-def _category(entry: Mapping[str, Any]) -> str:
-    return next((v.strip() for k, v in entry.items() if k.strip().lower() in CATEGORIES and isinstance(v, str)), "")
+def _label(entry: Mapping[str, Any], names: Sequence[str]) -> str:
+    """The first text under one of the names; empty where there is none."""
+    return next((v.strip() for k, v in entry.items() if k.strip().lower() in names and isinstance(v, str)), "")
 
 
 # --- Tables ------------------------------------------------------------------------------------------------------
@@ -145,13 +148,12 @@ def _table(lines: Sequence[str], delimiter: str, field: str | None, faults: Faul
     names = [name.strip() for name in names]
     name = _named(names, field, faults, first)
     column = names.index(name)
-    tagged = next((i for i, other in enumerate(names) if other.lower() in CATEGORIES), None)
     for number, cells in rows:
         if len(cells) > len(names):
             faults.add(number, f"{len(cells)} columns under a header of {len(names)}; put the text in double quotes")
         elif column < len(cells):
-            category = cells[tagged].strip() if tagged is not None and tagged < len(cells) else ""
-            yield Row(number, cells[column].strip(), category)
+            entry = dict(zip(names, cells, strict=False))
+            yield Row(number, cells[column].strip(), _label(entry, CATEGORIES), _label(entry, SPLITS))
         else:
             faults.add(number, f"no column {name!r}; write the prompt, or delete the line")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -16,16 +17,18 @@ from mitune.prompts.files import Row, read_rows
 from mitune.worlds.base import Listed, within
 
 log = logging.getLogger(__name__)
+_COMPBENCH = re.compile(r"(?P<category>\w+)_(?:train|val(?:_(?P<split>seen|unseen))?)\.txt")
 
 
 def load_prompts(source: str, model: Model | None = None, field: str | None = None) -> list[Listed]:
-    """Prompts of a file, or of an embedded list.
+    """Prompts of a file, or of a world's list.
 
     A file has one prompt a line (a tab ends it, as in T2I-CompBench), JSON lines, a JSON list, or a table with a header
-    (CSV, TSV); `field` names the JSON field or the column, else it is guessed, and said. A category column or field
-    gives the category, else the file's name. Embedded are `shapes:train` and `shapes:heldout`, whole or by category
-    (`shapes:train/color`). With `model`, prompts that a call of it would cut are refused. Repeats are dropped, with a
-    word.
+    (CSV, TSV); `field` names the JSON field or the column, else it is guessed, and said. Fields or columns named
+    category (or tag) and split give these; those of a file called as T2I-CompBench calls its own, CATEGORY_train.txt,
+    CATEGORY_val.txt, CATEGORY_val_seen.txt or CATEGORY_val_unseen.txt, are in its name; other prompts have neither.
+    Lists of a world are named as in `mitune.worlds.base`: `shapes:train`, `shapes:heldout/color`, `mine:world/train`.
+    With `model`, prompts that a call of it would cut are refused. Repeats are dropped, with a word.
 
     Raises MituneError that names the file and each bad line.
     """
@@ -44,11 +47,9 @@ def load_prompts(source: str, model: Model | None = None, field: str | None = No
         )
     rows, faults = read_rows(file, field)
     kept = _checked(rows, faults, model)
-    split = "unseen" if file.stem.endswith("_unseen") else "seen" if file.stem.endswith("_seen") else ""
-    category = file.stem
-    for ending in ("_unseen", "_seen", "_val", "_train"):
-        category = category.removesuffix(ending)
-    return [Listed(row.text, row.category or category, split) for row in kept]
+    labels = _COMPBENCH.fullmatch(file.name)
+    category, split = (labels["category"], labels["split"] or "") if labels else ("", "")
+    return [Listed(row.text, row.category or category, row.split or split) for row in kept]
 
 
 def check_prompts(texts: Iterable[str], model: Model | None = None, source: str = "prompt") -> list[str]:

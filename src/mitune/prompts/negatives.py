@@ -17,23 +17,21 @@ from mitune.denoiser.reading import cut_texts
 from mitune.errors import MituneError
 from mitune.files.texts import read_lines
 from mitune.prompts.rewording import rewordings
-from mitune.worlds.base import Negative, World, worlds
+from mitune.worlds.base import Negative, worlds
 
 OWN = "own"  # the kind of those from the user's file
 
 
-def hard_negatives(
-    prompt: str, own: Mapping[str, Sequence[Negative]] | None = None, world: World | None = None
-) -> list[Negative]:
+def hard_negatives(prompt: str, own: Mapping[str, Sequence[Negative]] | None = None) -> list[Negative]:
     """Every hard negative of a prompt, which may be none.
 
-    They are those of `own` (see `load_negatives`) if it knows the prompt, else those of `world`, or of the first of the
-    known worlds, that it is a prompt of, else those that rules on the words find.
+    They are those of `own` (see `load_negatives`) if it knows the prompt, else those of the world of the table that it
+    is a prompt of, else those that rules on the words find.
     """
     if own is not None and prompt in own:
         return list(own[prompt])
-    for each in [world] if world is not None else worlds():
-        negatives = each.negatives(prompt)
+    for world in worlds():
+        negatives = world.negatives(prompt)
         if negatives is not None:
             return negatives
     kinds = {text: kind for kind, text in reversed(list(rewordings(prompt)))}

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from mitune.errors import MituneError, did_you_mean
 from mitune.evaluation.metrics.base import ImageMetric
@@ -57,6 +57,15 @@ class World(Protocol):
 
     def negatives(self, prompt: str, /) -> list[Negative] | None:
         """Every hard negative of a prompt; None for a prompt that is not one of this world."""
+
+
+@runtime_checkable
+class WorldWithCommands(Protocol):
+    """A world that has commands of its own, below `mitune` and its name in the table."""
+
+    @property
+    def commands(self) -> str:
+        """Where they are, as package.module:attribute: an app of typer."""
 
 
 WORLDS: Table[World] = Table(

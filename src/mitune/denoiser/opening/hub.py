@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from mitune.config.resolve import PRESETS
+from mitune.config.presets import PRESETS
 from mitune.errors import ModelError, first_line
 from mitune.worlds.base import embedded_models
 
@@ -104,6 +104,6 @@ def _near(name: str) -> str:
     """A name that may have been meant."""
     if name in MOVED:
         return f"; its weights are now at {MOVED[name]}"
-    known = [*embedded_models(), *(preset["model"]["name"] for preset in PRESETS.values()), *MOVED.values()]
+    known = [*embedded_models(), *(preset.model.name for preset in PRESETS.values()), *MOVED.values()]
     close = difflib.get_close_matches(name, sorted(set(known) - {name}), n=1, cutoff=0.75)
     return f" (did you mean {close[0]}?)" if close else ""

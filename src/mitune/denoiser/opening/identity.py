@@ -25,6 +25,7 @@ from torch import nn
 from mitune.config.schema import EvalConfig, FinetuneConfig, ModelConfig, PoolConfig
 from mitune.denoiser.opening.models import Model, adapter_checksum, call_arguments, parts_of
 from mitune.errors import ModelError
+from mitune.resolver import is_location
 
 # Settings that change no result beyond rounding, or only add to it. All others do.
 INDIFFERENT: Mapping[type[Any], frozenset[str]] = {
@@ -48,7 +49,7 @@ def settings_that_matter(config: Any) -> dict[str, Any]:
     """
     indifferent = INDIFFERENT.get(type(config), _STUDIES)
     settings = {name: value for name, value in asdict(config).items() if name not in indifferent}
-    if isinstance(config, PoolConfig) and config.negatives is not None:
+    if isinstance(config, PoolConfig) and config.negatives is not None and not is_location(config.negatives):
         settings["negatives"] = digest(Path(config.negatives))
     return settings
 

@@ -27,7 +27,10 @@ class ShapesMetric:
             parse(prompt)
 
     def __call__(self, images: Sequence[Image], prompts: Sequence[str]) -> list[Judgment]:
-        """Raises PromptError like `check`. Images of another size are judged as they look at the world's own."""
+        """Raises PromptError like `check`, and MituneError for an image that is not square.
+
+        Square ones of another size, of other models, are judged as they look at the world's own.
+        """
         judgments = []
         for image, prompt in zip(images, prompts, strict=True):
             verdict = judge(np.asarray(_at_size(as_shown(image))), prompt)
@@ -44,4 +47,6 @@ class ShapesMetric:
 
 
 def _at_size(image: Image) -> Image:
-    return image if image.size == (SIZE, SIZE) else image.resize((SIZE, SIZE), Resampling.BOX)
+    if image.width != image.height or image.width == SIZE:
+        return image
+    return image.resize((SIZE, SIZE), Resampling.BOX)

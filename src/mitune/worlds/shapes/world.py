@@ -38,6 +38,7 @@ class ShapesWorld:
     """Prompts of a small grammar, their exact hard negatives, the judge, and two models (docs/shapes.md)."""
 
     models = MODELS
+    commands = "mitune.worlds.shapes.cli:app"
 
     @property
     def metric(self) -> ImageMetric:

@@ -1,4 +1,4 @@
-"""The embedded shapes world: prompts, check, figure, train."""
+"""The commands of the shapes world: prompts, check, figure, train."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
-from mitune.cli.boundary import Commands
+from mitune.cli.boundary import Commands, resumable
 from mitune.cli.options import Assignments, Device, Guidance, settings_of, stage
 from mitune.errors import MituneError
 
@@ -90,6 +90,7 @@ def shapes_figure(
 
 
 @app.command(name="train")
+@resumable
 def shapes_train(
     work: Annotated[Path, Argument(help="Folder for checkpoints; the same command goes on where it stopped.")],
     output: Annotated[Path, Option("--output", "-o", help="Folder for the finished models.")] = Path("models"),
