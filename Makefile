@@ -11,13 +11,21 @@ CPU_WHEELS = https://download.pytorch.org/whl/cpu
 # On its own and first, so that no other package is looked for there; pip goes on at once where that cannot be reached.
 CPU_TORCH = install --quiet --no-deps --extra-index-url $(CPU_WHEELS) --retries 0 --timeout 10
 
-.PHONY: demo test check test-latest constraints
+# One process a core; whoever is done first takes over from the others.
+PYTEST = -m pytest -n auto --dist worksteal
+
+.PHONY: demo test test-all check test-latest constraints
 
 demo: $(VENV)/installed
 	$(VENV)/bin/mitune demo --run $(RUN)
 
+# What every change should pass
 test: $(VENV)/installed-dev
-	$(VENV)/bin/python -m pytest -n auto --dist worksteal
+	$(VENV)/bin/python $(PYTEST) -m "not slow"
+
+# The slow ones as well, as CI runs them
+test-all: $(VENV)/installed-dev
+	$(VENV)/bin/python $(PYTEST)
 
 check: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check .
@@ -46,7 +54,7 @@ test-latest:
 	@echo "Other versions than in constraints.txt:"
 	@$(LATEST)/bin/pip freeze --exclude-editable | sed 's/+.*//' | awk -F== \
 		'NR == FNR {tested[$$1] = $$2; next} tested[$$1] != $$2 {print "  " $$1, tested[$$1] " -> " $$2}' constraints.txt -
-	$(LATEST)/bin/python -m pytest -n auto --dist worksteal
+	$(LATEST)/bin/python $(PYTEST) -m "not slow"
 
 # torch stays as it is, since the figures in docs/ were made with it; `make constraints TORCH=torch` takes the newest.
 TORCH = $(shell grep '^torch==' constraints.txt)

@@ -1,12 +1,36 @@
 """What holds for every test."""
 
 import importlib.metadata
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
 torch.set_num_threads(1)  # the tests' networks are tiny: threads would only wait for each other
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays_changed():
+    """A test may seed torch's generator, which is put back; whatever else is global it must leave as it was."""
+    before = _global_state()
+    with torch.random.fork_rng():
+        yield
+    changed = {name: (value, now) for name, value in before.items() if (now := _global_state()[name]) != value}
+    assert changed == {}
+
+
+def _global_state() -> dict[str, object]:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
+    return {
+        "threads": torch.get_num_threads(),
+        "dtype": torch.get_default_dtype(),
+        "gradients": torch.is_grad_enabled(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "environment": environment,
+        "folder": os.getcwd(),
+    }
+
 
 _OUTCOMES: dict[tuple[str, str], str] = {}  # passed, failed or skipped, by test function and parameters
 _REFUSED: list[str] = []

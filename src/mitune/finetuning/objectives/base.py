@@ -32,9 +32,7 @@ class Batch:
     prompts: Sequence[str]  # B texts, which text encoders that are trained read
     conditioning: Mapping[str, Tensor]  # (B, ...) each: what the denoiser is told of the prompts
     weights: Tensor  # (B,) of the images, with mean one over the set
-    advantages: (
-        Tensor  # (B,) of the images over others of their prompt, of either sign; one in a set that is not ranked
-    )
+    advantages: Tensor  # (B,) over other images of the prompt, of either sign; one in a set that is not ranked
     worse: Tensor  # (B, C, H, W) latents of an image of the same prompt with less advantage; its own where none has
 
     @property
