@@ -16,8 +16,9 @@ from typing import Any
 
 import pyarrow as pa
 import torch
+from torch import Tensor
 
-from mitune.denoiser.conditioning import stack
+from mitune.denoiser.conditioning import Passes, stack_passes
 from mitune.denoiser.opening.models import Model, nothing_but_nan
 from mitune.denoiser.pictures import decode
 from mitune.errors import MituneError
@@ -115,7 +116,7 @@ def _sealed(folder: Path, made: str) -> dict[str, Any]:
 
 def _write_set(model: Model, records: Iterable[Record], slug: str, target: Path, facts: Mapping[str, Any]) -> None:
     """Writes what one selection keeps in the place of an earlier set; `facts` go into the seal."""
-    rows, latents, conditioning, empty = [], [], [], []
+    rows, latents, passes, empty = [], [], [], []
     for table, tensors in records:
         position = {j: at for at, j in enumerate(tensors["candidates"].tolist())}
         found = table.select(["prompt_index", "prompt", "candidate", "seed", f"kept.{slug}"]).to_pylist()
@@ -126,7 +127,7 @@ def _write_set(model: Model, records: Iterable[Record], slug: str, target: Path,
             name = f"{row['prompt_index']:05d}-{row['candidate']:03d}.png"
             rows.append({"file_name": name, **row, "selection": slug})
             latents.append(tensors["latents"][position[row["candidate"]]])
-            conditioning.append({k: v for k, v in tensors.items() if k.startswith("conditioning.")})
+            passes.append(_passes(tensors))
     if not rows:
         raise MituneError(f"The selection {slug!r} keeps no candidate at all; lower its threshold, or take another.")
     if empty:
@@ -136,10 +137,7 @@ def _write_set(model: Model, records: Iterable[Record], slug: str, target: Path,
         for row, image in zip(rows, decode(model, stacked), strict=True):
             write_image(folder / row["file_name"], image)
         write_tensors(folder / "latents.safetensors", {"latents": stacked})
-        write_tensors(
-            folder / "conditioning.safetensors",
-            {name.removeprefix("conditioning."): tensor for name, tensor in stack(conditioning).items()},
-        )
+        write_tensors(folder / "conditioning.safetensors", stack_passes(passes).to_tensors())
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
         write_bytes(folder / "metadata.jsonl", "".join(lines).encode())
         write_seal(folder, [path.name for path in folder.iterdir()], **facts)
@@ -147,6 +145,18 @@ def _write_set(model: Model, records: Iterable[Record], slug: str, target: Path,
             target.replace(unfinished(target))
         folder.replace(target)
     _sweep_beside(target)
+
+
+def _passes(tensors: Mapping[str, Tensor]) -> Passes:
+    """What the denoiser was told of a record's prompt."""
+    start = "conditioning."
+    try:
+        return Passes.from_tensors({k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)})
+    except ValueError as error:
+        raise MituneError(
+            "The pool was made by another version of mitune, which kept its conditioning in another way; make it anew "
+            "in another folder."
+        ) from error
 
 
 def _sweep_beside(target: Path) -> None:

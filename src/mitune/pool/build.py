@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from mitune.config.schema import PoolConfig
+from mitune.denoiser.conditioning import Passes
 from mitune.denoiser.network import denoiser_of, execution_device, rows_counted
 from mitune.denoiser.opening.identity import loaded_identity, settings_that_matter
 from mitune.denoiser.opening.models import Model, nothing_but_nan
@@ -158,7 +159,7 @@ class _Candidates:
     dropped: list[int] = field(default_factory=list)  # the step after which a race dropped it, or 0
     steps: list[int] = field(default_factory=list)  # that the denoiser made for it
     terms: dict[str, list[Any]] = field(default_factory=dict)  # of the trace, one entry a candidate
-    conditioning: dict[str, Tensor] = field(default_factory=dict)
+    passes: Passes | None = None
 
     def add(self, batch: Batch, row: int) -> None:
         self.latents.append(batch.latents[row])
@@ -166,10 +167,8 @@ class _Candidates:
         self.steps.append(batch.dropped[row] or len(batch.trace.log_snr))
         for name, values in batch.trace.select([row]).to_columns().items():
             self.terms.setdefault(name, []).extend(values)
-        if not self.conditioning:
-            self.conditioning = {name: tensor[row].clone() for name, tensor in batch.conditioning.items()}
-            nulls = {f"null.{name}": tensor[row].clone() for name, tensor in batch.null_conditioning.items()}
-            self.conditioning |= nulls  # clones, as a file takes no tensors that share memory
+        if self.passes is None:
+            self.passes = batch.passes.take([row])
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,7 +269,8 @@ class _Pool:
             columns[f"kept.{rule.slug}"] = [candidate in kept for candidate in range(count)]
             stored |= set(kept)
         tensors = {"latents": latents[sorted(stored)], "candidates": torch.tensor(sorted(stored), dtype=torch.int64)}
-        tensors |= {f"conditioning.{name}": tensor for name, tensor in candidates.conditioning.items()}
+        if candidates.passes is not None:
+            tensors |= {f"conditioning.{name}": tensor for name, tensor in candidates.passes.to_tensors().items()}
         self.records.write(index, pa.table({name: pa.array(values) for name, values in columns.items()}), tensors)
         return further
 
