@@ -1,7 +1,8 @@
 """From the records of a pool to its table, the pictures of its extremes, and its fine-tuning sets.
 
-A set is an imagefolder with metadata, latents and text embeddings. It is made beside its place and renamed, and sealed
-(`seals.py`), as the table and the pictures are; whatever is missing or damaged is made again from the records.
+A set is an imagefolder with metadata, latents and text embeddings. It is written whole, beside its place, and renamed,
+by whoever finds all records there and has the folder's lock; and it is sealed (`seals.py`), as the table and the
+pictures are. Whatever is missing or damaged is made again from the records.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from mitune.denoiser.conditioning import Passes, stack_passes
 from mitune.denoiser.opening.models import Model, nothing_but_nan
 from mitune.denoiser.pictures import decode
 from mitune.errors import MituneError
+from mitune.pool.record import SHOWN_PROMPTS
+from mitune.run.records import Record, Records
 from mitune.run.seals import SEAL, is_whole, read_seal, write_seal
 from mitune.run.store import (
     UNFINISHED,
-    Record,
-    Records,
     unfinished,
     unfinished_folder,
     write_bytes,
@@ -37,7 +38,6 @@ from mitune.run.store import (
 )
 
 log = logging.getLogger(__name__)
-SHOWN_PROMPTS = 12  # the first so many, whose extreme candidates' pictures are kept for the report
 TABLE = "candidates.parquet"
 POOL, SET = "pool", "fine-tuning set"  # what seals say was made
 
@@ -76,9 +76,11 @@ class Assembly:
 
         Raises MituneError if a selection keeps nothing, or if there is nothing to keep.
         """
+        if not records.numbers().issuperset(range(count)):
+            return None
         tables = [rows for rows, _ in records.read_up_to(count)]  # one record's tensors in memory at a time
         if len(tables) < count:
-            return None
+            return None  # one is damaged
         table, checksum = pa.concat_tables(tables), records.checksum(count)
         if "ok" not in table["status"].to_pylist():
             raise nothing_but_nan(self.model, f"Every candidate of {count} prompts")
