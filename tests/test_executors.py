@@ -1,7 +1,9 @@
 """Executors and stores of a user's own file, from the command line: the same files as without them."""
 
+import re
 import sqlite3
 import sys
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -14,9 +16,9 @@ from mitune.run.records import Records
 from mitune.run.stores.base import STORES
 from tests.test_cli_errors import invoke
 
+PAGES = ("own-executor.md", "own-store.md")
+DOCS = Path(__file__).parent.parent / "docs"
 MINE = """
-import sqlite3
-
 class Backwards:
     def map(self, task, items):
         for item in reversed(items):
@@ -27,27 +29,6 @@ class Lazy:
     def map(self, task, items):
         task(items[:1])
         yield items[0]
-
-class OneFile:
-    def __init__(self, folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        self.base = sqlite3.connect(folder / "records.sqlite", isolation_level=None)
-        self.base.execute("CREATE TABLE IF NOT EXISTS files (key TEXT PRIMARY KEY, content BLOB)")
-
-    def read(self, key):
-        row = self.base.execute("SELECT content FROM files WHERE key = ?", [key]).fetchone()
-        if row is None:
-            raise FileNotFoundError(key)
-        return row[0]
-
-    def create(self, key, content):
-        return self.base.execute("INSERT OR IGNORE INTO files VALUES (?, ?)", [key, content]).rowcount == 1
-
-    def list(self, prefix):
-        return (key for key, in self.base.execute("SELECT key FROM files") if key.startswith(prefix))
-
-    def set_aside(self, key):
-        self.base.execute("DELETE FROM files WHERE key = ?", [key])
 """
 TINY = ["--set", "model.steps=2", "--set", "pool.batch_size=4", "--device", "cpu"]
 OTHERWISE = ["--executor", "mine:Backwards", "--store", "mine:OneFile"]
@@ -70,7 +51,9 @@ POOL = [
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("here")
-    (folder / "mine.py").write_text(MINE)
+    examples = [re.search(r"```python\n(.*?)```", (DOCS / page).read_text("utf-8"), re.S)[1] for page in PAGES]
+    assert all(len(example.splitlines()) < 30 for example in examples)
+    (folder / "mine.py").write_text(MINE + "".join(examples))
     (folder / "three.txt").write_text("a red circle\nthree green crosses\na blue square\n")
     return folder
 
@@ -98,9 +81,10 @@ def made_of_records(run):
     return {str(file.relative_to(run)): file.read_bytes() for file in files}
 
 
-def test_an_executor_makes_the_same_pool_in_its_own_order(plain):
-    run = plain.parent / "backwards"
-    status, shown = invoke(*POOL, "--run", run, "--executor", "mine:Backwards")
+@pytest.mark.parametrize("name", ["Backwards", "InTime"])
+def test_an_executor_makes_the_same_pool_in_its_own_order(plain, name):
+    run = plain.parent / name
+    status, shown = invoke(*POOL, "--run", run, "--executor", f"mine:{name}")
     assert status == 0 and "Set self-confidence" in shown, shown
     assert made_of_records(run) == made_of_records(plain)
 
@@ -127,7 +111,7 @@ def test_a_damaged_record_in_a_store_is_made_again(plain, caplog):
     run = plain.parent / "damaged"
     assert invoke(*POOL, "--run", run, "--store", "mine:OneFile")[0] == 0
     base = sqlite3.connect(run / "pool" / "records" / "records.sqlite", isolation_level=None)
-    base.execute("UPDATE files SET content = substr(content, 1, 100) WHERE key = '00001.safetensors'")
+    base.execute("UPDATE records SET content = substr(content, 1, 100) WHERE key = '00001.safetensors'")
     assert invoke(*POOL, "--run", run, "--store", "mine:OneFile")[0] == 0
     assert "Record 00001 is damaged" in caplog.text
     store = STORES.resolve("mine:OneFile", run / "pool" / "records")
