@@ -174,7 +174,7 @@ def test_a_score_without_a_value_at_these_steps_is_refused_at_the_first(model, t
 
 
 def test_oracle_needs_a_judge(model, tmp_path):
-    with pytest.raises(MituneError, match="no judge"):
+    with pytest.raises(MituneError, match="neither model nor prompts come with a judge"):
         build_pool(model, PROMPTS, tmp_path / "pool", replace(CONFIG, select=("oracle",)))
 
 
