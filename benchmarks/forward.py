@@ -7,10 +7,9 @@ import timeit
 import torch
 
 from mitune.config.schema import ModelConfig
-from mitune.denoiser.conditioning import unflatten
 from mitune.denoiser.network import denoiser_of
 from mitune.denoiser.opening.models import load_model
-from mitune.denoiser.sampling import condition
+from mitune.denoiser.replay import condition
 from mitune.worlds.shapes.world import MODELS
 
 BATCH, REPEATS = 64, 20
@@ -22,7 +21,7 @@ def main() -> None:
     for name in MODELS:
         model = load_model(ModelConfig(name=name, device="cpu"))
         denoiser = denoiser_of(model.pipe)
-        arguments = unflatten(condition(model, ["a red circle and a blue square"] * BATCH))
+        ((_, arguments),) = condition(model, ["a red circle and a blue square"] * BATCH).arguments()
         latents, timestep = torch.randn(BATCH, 8, 8, 8), torch.full((BATCH,), 500.0)
 
         def forward(denoiser=denoiser, latents=latents, timestep=timestep, arguments=arguments) -> None:

@@ -23,7 +23,7 @@ from mitune.config.schema import ModelConfig, PoolConfig
 from mitune.denoiser.opening.models import Model, load_model
 from mitune.denoiser.probe import MIProbe, denoiser_of
 from mitune.pool.build import build_pool
-from mitune.run.store import Records
+from mitune.run.records import Records
 from mitune.worlds.shapes.prompts import prompt_list
 from mitune.worlds.shapes.world import MODELS
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from mitune.config.schema import ModelConfig
 from mitune.denoiser.opening.models import Model, load_model
 from mitune.denoiser.probe import MIProbe
-from mitune.denoiser.sampling import quiet_pipelines
+from mitune.denoiser.quiet import quiet_pipelines
 from mitune.information import Trace
 from mitune.worlds.shapes.world import MODELS
 

@@ -25,10 +25,9 @@ from timing import DEVICE, Spread, now, print_table, seconds
 from torch.utils.data import DataLoader
 
 from mitune.config.schema import FinetuneConfig, ModelConfig
-from mitune.denoiser.conditioning import unflatten
 from mitune.denoiser.opening.components import Components
 from mitune.denoiser.opening.models import load_model
-from mitune.denoiser.sampling import condition
+from mitune.denoiser.replay import condition
 from mitune.finetuning.adapter import add_adapter, trainable
 from mitune.finetuning.dataset import TrainingSet
 from mitune.finetuning.run import finetune
@@ -79,7 +78,7 @@ def write_set(folder: Path, images: int) -> None:
     prompts = [prompts[i % len(prompts)] for i in range(images)]
     folder.mkdir()
     write_tensors(folder / "latents.safetensors", {"latents": torch.randn(images, 8, 8, 8)})
-    write_tensors(folder / "conditioning.safetensors", condition(load_model(MODEL), prompts))
+    write_tensors(folder / "conditioning.safetensors", condition(load_model(MODEL), prompts).to_tensors())
     write_bytes(folder / "metadata.jsonl", "".join(f'{{"prompt": "{prompt}"}}\n' for prompt in prompts).encode())
 
 
@@ -114,7 +113,7 @@ def example_loop(images: TrainingSet, config: FinetuneConfig) -> Iterator[None]:
     )
     rows = [
         {"latents": latents, "encoder_hidden_states": told}
-        for latents, told in zip(images.latents, images.conditioning["encoder_hidden_states"], strict=True)
+        for latents, told in zip(images.latents, images.conditioning.rows["encoder_hidden_states"], strict=True)
     ]
     loader = DataLoader(rows, shuffle=True, batch_size=config.batch_size)
     schedule = get_scheduler("constant", optimizer=optimizer)
@@ -148,7 +147,7 @@ def passes(images: TrainingSet, config: FinetuneConfig, *, adapted: bool) -> Ite
     if adapted:
         add_adapter(unet, config)
     latents = images.latents.to(DEVICE)
-    told = unflatten({name: tensor.to(DEVICE) for name, tensor in images.conditioning.items()})
+    ((_, told),) = images.conditioning.to(DEVICE).arguments()
     timesteps = torch.full((len(latents),), 500.0, device=DEVICE)
     while True:
         F.mse_loss(unet(latents, timestep=timesteps, **told, return_dict=False)[0], latents).backward()

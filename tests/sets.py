@@ -86,10 +86,10 @@ def write_set(kind: str, folder: Path, *, weights: list[float] | None = None) ->
     call = {"num_inference_steps": 2, "guidance_scale": 3.0, "generator": torch.Generator().manual_seed(2)}
     with MIProbe(pipe) as probe:
         latents = pipe(prompts, **call, output_type="latent", **CALLS[kind]).images
-    conditioning = dict(probe.conditioning) | {f"null.{k}": v for k, v in probe.null_conditioning.items()}
     folder.mkdir(parents=True)
     save_file({"latents": latents.contiguous()}, folder / "latents.safetensors")
-    save_file({name: value.contiguous() for name, value in conditioning.items()}, folder / "conditioning.safetensors")
+    passes = probe.passes.to_tensors()
+    save_file({name: value.contiguous() for name, value in passes.items()}, folder / "conditioning.safetensors")
     rows: list[dict[str, Any]] = [{"file_name": f"{i}.png", "prompt": prompt} for i, prompt in enumerate(prompts)]
     for i, row in enumerate(rows):
         row |= {"selection": "mi-tune"} | ({"weight": weights[i]} if weights else {})

@@ -6,7 +6,8 @@ from diffusers import DiTPipeline, FluxPipeline, KandinskyV22Pipeline, StableDif
 
 from mitune.denoiser.opening.calls import calling, check_call, size_grid
 from mitune.denoiser.opening.models import Model
-from mitune.denoiser.sampling import Request, condition, generate
+from mitune.denoiser.replay import condition
+from mitune.denoiser.sampling import Request, generate
 from mitune.errors import ModelError
 from tests.families import flux
 from tests.tiny import SD3_CALL, tiny_sd, tiny_sd3

@@ -1,11 +1,14 @@
 """Whatever happened to a file of a run, the same command makes it again, sets it aside, or names it in a sentence."""
 
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 
 from mitune.errors import MituneError
+from mitune.evaluation.images import folder_name
+from mitune.evaluation.variant import Variant
 from mitune.run.locks import LOCK
 from mitune.tuning import tune
 from tests.test_tuning import tiny
@@ -19,6 +22,7 @@ GARBLE = {
     "zeros": lambda content: bytes(len(content)),
     "folder": None,
 }
+RECORD = (".json", ".parquet", ".safetensors")
 NAMED = ("settings.json",)  # nobody knows what these said
 READ_BY_THE_REPORT = ("cost.json", "report.html", "config.yaml", "candidates.parquet", "images.parquet")
 KEPT = ("cost.json", "report.html")  # which tell of every try
@@ -50,12 +54,13 @@ def contents(run: Path) -> dict[str, bytes]:
 def files_of_a_run() -> list[str]:
     """One of each kind, as they lie in a run."""
     pool, training, verdict = "round-1/pool", "round-1/adapters/self-confidence", "eval"
+    images = f"{verdict}/images/{folder_name(Variant(name='base'))}"
     return [
-        "config.yaml", "settings.json", "cost.json", "report.html", f"{verdict}/settings.json",
+        "config.yaml", "settings.json", "variants.json", "cost.json", "report.html", f"{verdict}/settings.json",
         f"{verdict}/images.parquet", f"{verdict}/variants/base.parquet", f"{verdict}/variants/base.json",
         f"{verdict}/pictures/base/00000-0.png", f"{pool}/settings.json", f"{pool}/batch_size.json",
         f"{pool}/candidates.parquet", f"{pool}/seal.json", f"{pool}/extremes/00000-000.png",
-        f"{pool}/records/00001.json", f"{pool}/records/00001.parquet", f"{pool}/records/00001.safetensors",
+        *(f"{folder}/00001{ending}" for folder in (f"{pool}/records", images) for ending in RECORD),
         *(f"round-1/sets/self-confidence/{name}" for name in ("seal.json", "metadata.jsonl", "latents.safetensors")),
         f"{training}/settings.json", f"{training}/README.md",
     ]  # fmt: skip
@@ -63,7 +68,8 @@ def files_of_a_run() -> list[str]:
 
 def test_every_kind_of_file_is_listed(whole):
     def kind(name):
-        return Path(name).parent.name.replace("self-confidence", "base"), Path(name).suffix
+        folder = re.sub("-[0-9a-f]{8}$", "", Path(name).parent.name)  # images lie in VARIANT-CHECKSUM
+        return folder.replace("self-confidence", "base"), Path(name).suffix
 
     listed = {kind(name) for name in files_of_a_run()} | {("checkpoint", ".safetensors")}
     assert {kind(name) for name in contents(whole / "copy")} <= listed

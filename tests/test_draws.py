@@ -72,7 +72,8 @@ def test_batch_is_rows_of_the_set(images):
     assert torch.equal(batch.latents, images.latents[rows])
     assert torch.equal(batch.noise, drawn.noise[part])
     assert torch.equal(batch.timesteps, drawn.timesteps[part])
-    assert torch.equal(batch.conditioning["encoder_hidden_states"], images.conditioning["encoder_hidden_states"][rows])
+    name = "encoder_hidden_states"
+    assert torch.equal(batch.conditioning.rows[name], images.conditioning.rows[name][rows])
     assert batch.prompts == [images.prompts[row] for row in rows.tolist()]
     assert batch.weights.tolist() == batch.advantages.tolist() == [1.0, 1.0]
     assert torch.equal(batch.worse, batch.latents)

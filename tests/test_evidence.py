@@ -5,7 +5,7 @@ import torch
 
 from mitune.denoiser.opening.models import Model
 from mitune.denoiser.path import path_of
-from mitune.denoiser.sampling import condition
+from mitune.denoiser.replay import condition
 from mitune.information.contrast import ASKED, LOG_SNR_RANGE
 from mitune.pool.evidence import gather, told_apart
 from mitune.prompts.rivals import NEGATIVES, NULL, words_left_out
@@ -37,10 +37,10 @@ def test_evidence_by_hand(model):
         noisy = (alpha * latents[:1] + sigma * epsilon).expand(2, -1, -1, -1)
         with torch.no_grad():
             if model.name == "sd":
-                predicted = model.pipe.unet(noisy, t, known["encoder_hidden_states"]).sample
+                predicted = model.pipe.unet(noisy, t, known.rows["encoder_hidden_states"]).sample
             else:
                 velocity = model.pipe.transformer(
-                    noisy, known["encoder_hidden_states"], known["pooled_projections"], t.expand(2)
+                    noisy, known.rows["encoder_hidden_states"], known.rows["pooled_projections"], t.expand(2)
                 ).sample
                 predicted = noisy + alpha * velocity  # v = ε − z₀
         errors.append(((predicted - epsilon) ** 2).sum(dim=(1, 2, 3)))

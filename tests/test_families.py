@@ -17,7 +17,7 @@ from peft import PeftModel
 from mitune.config.schema import FinetuneConfig, ModelConfig, PoolConfig
 from mitune.denoiser.batches import called_through
 from mitune.denoiser.epsilon import NetworkDenoiser
-from mitune.denoiser.network import denoiser_of, network_output
+from mitune.denoiser.network import denoiser_of
 from mitune.denoiser.opening.components import Components
 from mitune.denoiser.opening.models import Model, load_adapter, load_model, prompted
 from mitune.denoiser.path import path_of
@@ -158,7 +158,7 @@ def test_scoring_afterwards(case):
     t = pipe.scheduler.timesteps[1].float().expand(2)
     with torch.no_grad():
         for told, output in ((probe.conditioning, conditional), (probe.null_conditioning, null)):
-            replayed = network_output(denoiser_of(pipe), z.float(), told, t)
+            replayed = NetworkDenoiser.of(pipe).prediction(z.float(), t, told)
             torch.testing.assert_close(replayed.double(), output, rtol=1e-4, atol=1e-5)
     result = score(pipe, latents, PROMPTS, draws=4, call=case.call)
     assert result.draws.shape == (2, 1, 2)
@@ -340,7 +340,7 @@ class TestDistilled:
         with MIProbe(pipe) as probe:
             latents = pipe(PROMPTS, **arguments, true_cfg_scale=SCALE, negative_prompt=["", ""])[0]
         assert get_score("mi-tune")(probe.trace(latents)).isfinite().all()
-        assert probe.conditioning["guidance"].tolist() == [2.5, 2.5]  # the network's own, and not the scale
+        assert probe.conditioning.rows["guidance"].tolist() == [2.5, 2.5]  # the network's own, and not the scale
 
     @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.guidance == "guidance_scale"])
     def test_others(self, name):

@@ -18,7 +18,8 @@ from mitune.denoiser.guidance import steps_watched, sums
 from mitune.denoiser.network import Family, family_of
 from mitune.denoiser.opening.models import Model
 from mitune.denoiser.probe import MIProbe
-from mitune.denoiser.sampling import Request, condition, generate
+from mitune.denoiser.replay import condition
+from mitune.denoiser.sampling import Request, generate
 from mitune.errors import GuidanceError, ModelError
 from mitune.finetuning.adapter import add_adapter
 from mitune.information import get_score
@@ -370,8 +371,9 @@ def test_layers_of_a_text_encoder_are_not_taken_for_candidates():
     torch.testing.assert_close(torch.cat([batch.latents for batch in one_by_one]), together.latents)
     torch.testing.assert_close(filled.latents[:2], together.latents)
     torch.testing.assert_close(filled.latents[2], together.latents[1])
-    for name, told in together.conditioning.items():
-        torch.testing.assert_close(torch.cat([batch.conditioning[name] for batch in one_by_one]), told)
+    for name, told in together.passes.conditional.rows.items():
+        alone = torch.cat([batch.passes.conditional.rows[name] for batch in one_by_one])
+        torch.testing.assert_close(alone, told)
     scores = [score(pipe, together.latents, PROMPTS, draws=4, batch_size=size, call=case.call).draws for size in (1, 2)]
     torch.testing.assert_close(*scores, rtol=1e-4, atol=1e-4)
 
@@ -411,7 +413,7 @@ def test_contrast_repeats_the_pipeline(monkeypatch):
     """A denoiser that says something else when called alone is refused before anything rests on it."""
     pipe = seeded(tiny_sd)()
     model = Model(pipe, {"guidance_scale": SCALE}, "tiny")
-    assert condition(model, PROMPTS)["encoder_hidden_states"].shape[0] == 2
+    assert len(condition(model, PROMPTS)) == 2
     forward, calls = pipe.unet.forward, []
 
     @functools.wraps(forward)

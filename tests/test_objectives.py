@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from mitune.config.schema import FinetuneConfig
+from mitune.denoiser.conditioning import Conditioning
 from mitune.denoiser.encoding import TextEncoders
 from mitune.denoiser.epsilon import NetworkDenoiser
 from mitune.denoiser.network import rows_counted
@@ -34,7 +35,12 @@ DOCS = Path(__file__).parents[1] / "docs"
 
 def batch_of(scheduler, latents, noise, timesteps, **changes):
     ones = torch.ones(len(latents))
-    fields = {"prompts": [""] * len(latents), "conditioning": {}, "weights": ones, "advantages": ones}
+    fields = {
+        "prompts": [""] * len(latents),
+        "conditioning": Conditioning.from_tensors({"encoder_hidden_states": torch.zeros(len(latents), 2, 3)}),
+        "weights": ones,
+        "advantages": ones,
+    }
     fields |= {"latents": latents, "noise": noise, "timesteps": timesteps, "worse": latents}
     return Batch(**(fields | changes), path=path_of(scheduler))
 
@@ -105,8 +111,8 @@ class ExactDenoiser(nn.Module):
 def test_loss_of_an_exact_denoiser_is_its_offset_squared_times_the_weight(scheduler):
     latents, noise = latents_and_noise()
     denoiser, t = ExactDenoiser(scheduler, latents), torch.tensor([100.0, 300.0, 500.0, 700.0, 900.0])
-    conditioning, weights = {"encoder_hidden_states": torch.zeros(5, 2, 3)}, torch.tensor([1.0, 0.0, 0.5, 2.0, 1.5])
-    batch = batch_of(scheduler, latents, noise, t, conditioning=conditioning, weights=weights)
+    weights = torch.tensor([1.0, 0.0, 0.5, 2.0, 1.5])
+    batch = batch_of(scheduler, latents, noise, t, weights=weights)
     losses = Denoising()(batch, network_of(denoiser, scheduler))
     assert torch.allclose(losses, 0.25 * weights, atol=1e-3)
     assert torch.equal(denoiser.told, t)
@@ -214,7 +220,7 @@ def test_weights_of_a_set_are_those_of_its_loss(micro_batch_size, world, tmp_pat
     drawn = draw(images, path, 1.0, config, 0)
     unet, latents = components.denoiser(), images.latents[drawn.rows]
     noisy = components.scheduler().add_noise(latents, drawn.noise, drawn.timesteps.long())
-    told = images.conditioning["encoder_hidden_states"][drawn.rows]
+    told = images.conditioning.rows["encoder_hidden_states"][drawn.rows]
     with torch.no_grad():
         errors = (unet(noisy, drawn.timesteps, told).sample - drawn.noise).square().mean(dim=(1, 2, 3))
     assert row["loss"] == pytest.approx((weights[drawn.rows] / 2 * errors).mean().item(), rel=1e-5)

@@ -122,7 +122,8 @@ def test_a_set_is_an_imagefolder_with_its_latents(model, tmp_path):
     assert all(len(tensor) == len(rows) for tensor in conditioning.values())
     again = generate(model, [Request(prompt=rows[1]["prompt"], seed=rows[1]["seed"])], CONFIG.batch_size)
     assert torch.equal(again.latents[0], latents[1])
-    assert torch.equal(again.conditioning["encoder_hidden_states"][0], conditioning["encoder_hidden_states"][1])
+    states = again.passes.conditional.rows["encoder_hidden_states"]
+    assert torch.equal(states[0], conditioning["encoder_hidden_states"][1])
     by_name = {row["file_name"]: i for i, row in enumerate(rows)}
     pixels = list(decode(model, latents))[by_name[rows[1]["file_name"]]]
     shown = next(item for item in loaded if item["prompt"] == rows[1]["prompt"] and item["seed"] == rows[1]["seed"])
@@ -173,7 +174,7 @@ def test_a_score_without_a_value_at_these_steps_is_refused_at_the_first(model, t
 
 
 def test_oracle_needs_a_judge(model, tmp_path):
-    with pytest.raises(MituneError, match="no judge"):
+    with pytest.raises(MituneError, match="neither model nor prompts come with a judge"):
         build_pool(model, PROMPTS, tmp_path / "pool", replace(CONFIG, select=("oracle",)))
 
 

@@ -21,7 +21,6 @@ from diffusers import (
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mitune.denoiser.conditioning import unflatten
 from mitune.denoiser.network import denoiser_of
 from mitune.denoiser.path import path_of
 from mitune.denoiser.probe import MIProbe
@@ -93,8 +92,9 @@ class TestByHand:
         for z, t, a, s in zip(noisy, pipe.scheduler.timesteps, alpha, sigma, strict=True):
             outputs = []
             for conditioning in (probe.conditioning, probe.null_conditioning):
+                ((_, told),) = conditioning.arguments()
                 with torch.no_grad():
-                    out = denoiser_of(pipe)(z, timestep=t.expand(2), **unflatten(conditioning)).sample.double()
+                    out = denoiser_of(pipe)(z, timestep=t.expand(2), **told).sample.double()
                 z64 = z.double()
                 if flow:
                     outputs.append((z64 + a * out, z64 - s * out))
@@ -133,13 +133,13 @@ class TestByHand:
 
     def test_conditioning_is_what_the_denoiser_got(self, run):
         pipe, probe, *_ = run
-        names = set(probe.conditioning)
-        assert names == set(probe.null_conditioning)
+        names = set(probe.conditioning.rows)
+        assert names == set(probe.null_conditioning.rows)
         assert "encoder_hidden_states" in names and not names & {"sample", "hidden_states", "timestep"}
-        assert all(len(value) == 2 for value in probe.conditioning.values())
-        null = probe.null_conditioning["encoder_hidden_states"]
+        assert all(len(value) == 2 for value in probe.conditioning.rows.values())
+        null = probe.null_conditioning.rows["encoder_hidden_states"]
         assert torch.equal(null[0], null[1])  # the empty prompt
-        assert not torch.equal(*probe.conditioning["encoder_hidden_states"])
+        assert not torch.equal(*probe.conditioning.rows["encoder_hidden_states"])
 
 
 class ExactDenoiser(nn.Module):
@@ -423,7 +423,7 @@ class TestDroppedCandidates:
         for name in ("difference", "dot_conditional", "error_conditional", "error_null"):
             expected = getattr(unpruned.select([1, 2]), name)
             torch.testing.assert_close(getattr(pruned, name), expected, rtol=1e-3, atol=1e-4)
-        conditioning = probe.conditioning["encoder_hidden_states"]
+        conditioning = probe.conditioning.rows["encoder_hidden_states"]
         assert torch.equal(conditioning[0], pipe.encode_prompt(PROMPTS[1], "cpu", 1, False)[0][0])
         assert half_way[0].difference.shape == (4, 3)
         torch.testing.assert_close(half_way[0].difference, unpruned.difference[:, :3])

@@ -116,8 +116,8 @@ class TestLatents:
         assert alone.dropped == raced.dropped[8:16]
         one = generate(model, [requests()[left[0]]], 4)
         assert torch.equal(one.latents[0], whole.latents[left[0]])
-        for name, tensor in whole.conditioning.items():
-            assert torch.equal(raced.conditioning[name], tensor)
+        for name, tensor in whole.passes.to_tensors().items():
+            assert torch.equal(raced.passes.to_tensors()[name], tensor)
 
     def test_the_replay_is_the_race(self, model):
         so_far = []

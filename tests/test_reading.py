@@ -63,7 +63,7 @@ def told(pipe, text, call):
             generator=torch.Generator().manual_seed(0),
             output_type="latent",
         )
-    return probe.conditioning
+    return probe.conditioning.to_tensors()
 
 
 @pytest.mark.parametrize("name", ["SD 1.x, 2.x base (epsilon)", "SDXL", "Sana", "Lumina 2", "Qwen-Image", "Z-Image"])

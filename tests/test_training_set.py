@@ -25,7 +25,7 @@ def test_set_holds_what_was_written(tmp_path):
     assert images.prompts == PROMPTS * 3
     assert images.selection == "mi-tune"
     assert torch.equal(images.latents, load_file(folder / "latents.safetensors")["latents"])
-    assert {name: tensor.shape for name, tensor in images.conditioning.items()} == {
+    assert {name: tensor.shape for name, tensor in images.conditioning.rows.items()} == {
         "encoder_hidden_states": (6, TOKENS, 16)
     }  # without the unconditional half
     assert torch.equal(images.weights, torch.ones(6))

@@ -68,7 +68,9 @@ def test_goes_on_with_settings_that_no_result_depends_on(tmp_path):
     )
     table = pq.read_table(tune(other, run).verdict)
     assert set(table["variant"].to_pylist()) == {"base", "self-confidence", "base, guidance 3"}
-    assert {path: path.read_bytes() for path in run.rglob("*.safetensors")} == before
+    after = {path: path.read_bytes() for path in run.rglob("*.safetensors")}
+    further = {path for path in after if path.parent.name.startswith("base-guidance-3-")}  # the new variant's images
+    assert len(further) == 2 and {path: after[path] for path in after.keys() - further} == before
     assert yaml.safe_load((run / "config.yaml").read_text())["finetune"]["micro_batch_size"] == 1
 
 

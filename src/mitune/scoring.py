@@ -6,12 +6,11 @@ unmodified pipeline, watched by the probe; after that the denoiser is called alo
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,13 +18,15 @@ from matplotlib.figure import Figure
 from PIL.Image import Image
 from torch import Generator, Tensor
 
+from mitune.denoiser.conditioning import Passes, stack
 from mitune.denoiser.epsilon import NetworkDenoiser
-from mitune.denoiser.network import family_of
 from mitune.denoiser.opening.calls import size_grid
-from mitune.denoiser.opening.models import Model, guidance_name, prompted
+from mitune.denoiser.opening.models import Model
 from mitune.denoiser.path import NoisePath
-from mitune.denoiser.pictures import encode_images
-from mitune.denoiser.sampling import first_step
+from mitune.denoiser.pictures import are_packed, encode_images
+from mitune.denoiser.pipeline import Pipeline
+from mitune.denoiser.reading import refuse_cut
+from mitune.denoiser.replay import passes_of
 from mitune.errors import MituneError
 from mitune.files.images import on_grid
 from mitune.information import (
@@ -34,13 +35,13 @@ from mitune.information import (
     Estimate,
     Estimator,
     LogisticProposal,
+    Predict,
     Proposal,
     point_wise_draws,
 )
 from mitune.information.contrast import normalized_margins
 from mitune.pool.evidence import gather
 from mitune.pool.scores import CONTRAST, own_negatives, score_named
-from mitune.prompts.lists import refuse_cut
 from mitune.prompts.negatives import hard_negatives
 from mitune.prompts.rivals import NEGATIVES, read_whole
 from mitune.run.store import write_figure
@@ -60,7 +61,7 @@ class ImageScores:
 
 @torch.no_grad()
 def score(
-    pipe: Any,
+    pipe: Pipeline,
     images: Sequence[Image] | Tensor,
     prompts: Sequence[str],
     *,
@@ -96,17 +97,14 @@ def score(
     denoiser = NetworkDenoiser.of(pipe)
     path = denoiser.path
     latents = images if isinstance(images, Tensor) else encode_images(pipe, on_grid(images, grid_of(pipe)), call)
-    packs = hasattr(pipe, "_pack_latents")
-    if hasattr(pipe, "image_processor") and latents.ndim != (3 if packs else 4):
-        wanted = "packed, (N, S, C)" if packs else "(N, C, H, W), not packed"
-        raise MituneError(f"The latents have shape {tuple(latents.shape)}; this model takes {wanted}.")
-    packed = packs and latents.ndim == 3
+    packed = are_packed(pipe, latents)
     chunks = []
     for start in range(0, len(prompts), batch_size):
         some = slice(start, start + batch_size)
         given = latents[some].to(denoiser.device)
+        passes = passes_of(pipe, prompts[some], call or {}, latents=latents[some])
         chunk = point_wise_draws(
-            _Pair(pipe, denoiser, latents[some], prompts[some], call or {}, packed=packed),
+            _predict(denoiser, passes, packed=packed),
             given.transpose(1, 2) if packed else given,
             estimator=estimator,
             proposal=proposal or default_proposal(path, estimator),
@@ -153,7 +151,7 @@ def _on_grid(maps: Tensor, call: Mapping[str, Any]) -> Tensor:
     return maps.reshape(len(maps), rows, -1) if rows and maps.shape[1] % rows == 0 else maps
 
 
-def grid_of(pipe: Any) -> int:
+def grid_of(pipe: Pipeline) -> int:
     """Pixels that sides of pictures are multiples of: `size_grid`, and the eight that diffusers asks in any case."""
     return math.lcm(size_grid(pipe), 8)
 
@@ -169,52 +167,19 @@ def default_proposal(path: NoisePath, estimator: Estimator) -> LogisticProposal:
     return LogisticProposal(low, min(high, 2 * math.log((1 - TRUNCATION) / TRUNCATION)), scale=scale)
 
 
-class _Pair:
-    """ε̂ with and without the prompts for point_wise_draws, from the pipeline's own conditioning."""
+def _predict(denoiser: NetworkDenoiser, passes: Passes, *, packed: bool) -> Predict:
+    """ε̂ with and without the prompts, of latents (N, C, ...), also where the denoiser takes them packed, (N, S, C)."""
+    calls = [passes.null, passes.conditional]
+    if passes.are_alike and not denoiser.separate_calls:  # in one call, as the pipeline itself makes them
+        calls = [stack(calls)]
 
-    def __init__(
-        self,
-        pipe: Any,
-        denoiser: NetworkDenoiser,
-        latents: Tensor,
-        prompts: Sequence[str],
-        call: Mapping[str, Any],
-        *,
-        packed: bool,
-    ) -> None:
-        self.denoiser, self.packed = denoiser, packed
-        scale = guidance_name(type(pipe))
-        ours = {
-            "latents": latents.to(cast(torch.dtype, denoiser.network.dtype)),
-            "num_inference_steps": 2,  # one would do, but makes PixArt take its distilled path
-            scale: max(2.0, call.get(scale, 2.0)),
-            "generator": Generator().manual_seed(0),  # a sampler that draws must not touch the global state
-            "output_type": "latent",
-        }
-        accepted = inspect.signature(type(pipe).__call__).parameters
-        if latents.ndim == 4 and "height" in accepted:
-            factor = getattr(pipe, "vae_scale_factor", 8)
-            ours["height"], ours["width"] = (factor * side for side in latents.shape[-2:])
-        if "use_resolution_binning" in accepted:
-            ours["use_resolution_binning"] = False
-        probe = first_step(pipe, {**prompted(pipe, prompts, call), **ours})
-        self.null, self.conditional = probe.null_conditioning, probe.conditioning
-        # Texts may differ in length; then each has a call of its own, as also where the pipeline makes two.
-        shapes = [{name: value.shape for name, value in told.items()} for told in (self.null, self.conditional)]
-        self.together = shapes[0] == shapes[1] and not family_of(denoiser.network).separate_calls
+    def predict(noisy: Tensor, log_snr: Tensor) -> tuple[Tensor, Tensor]:
+        z = noisy.transpose(1, 2) if packed else noisy
+        parts = [denoiser.epsilon(torch.cat([z] * (len(call) // len(z))), log_snr, call) for call in calls]
+        null, conditional = torch.cat(parts).chunk(2)
+        return (conditional.transpose(1, 2), null.transpose(1, 2)) if packed else (conditional, null)
 
-    def __call__(self, noisy: Tensor, log_snr: Tensor) -> tuple[Tensor, Tensor]:
-        if self.together:
-            both = {name: torch.cat([self.null[name], self.conditional[name]]) for name in self.null}
-            null, conditional = self._epsilon(torch.cat([noisy, noisy]), log_snr, both).chunk(2)
-        else:
-            null, conditional = (self._epsilon(noisy, log_snr, told) for told in (self.null, self.conditional))
-        return conditional, null
-
-    def _epsilon(self, noisy: Tensor, log_snr: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
-        given = noisy.transpose(1, 2) if self.packed else noisy
-        epsilon = self.denoiser.epsilon(given, log_snr, conditioning)
-        return epsilon.transpose(1, 2) if self.packed else epsilon
+    return predict
 
 
 def save_heat_map(file: Path, image: Image, information: Tensor) -> None:

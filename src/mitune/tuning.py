@@ -5,7 +5,7 @@ prompts → method → variants → evaluation → report
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,8 +21,11 @@ from mitune.evaluation.variant import BASE, Variant, check_names, read_variants,
 from mitune.methods.base import METHODS, Method
 from mitune.prompts.lists import load_prompts
 from mitune.report.build import build_report
+from mitune.run.executors.base import Executor
 from mitune.run.locks import LOCK, sole_worker
 from mitune.run.store import SETTINGS, claim
+from mitune.run.stores.base import Store
+from mitune.run.stores.folder import Folder
 from mitune.run.work import Run, Stages, silent
 from mitune.worlds.base import Listed
 
@@ -100,9 +103,18 @@ def _checked_prompts(config: Config, method: Method) -> list[Listed]:
     return prompts
 
 
-def judge_run(config: Config, run: Path, *, stages: Stages = silent) -> Path:
+def judge_run(
+    config: Config,
+    run: Path,
+    *,
+    shard: tuple[int, int] = (0, 1),
+    executor: Executor | None = None,
+    store: Callable[[Path], Store] = Folder,
+    stages: Stages = silent,
+) -> Path | None:
     """Judges the base, the variants of the run and `config.eval.guidance_scales`; returns the table.
 
+    `shard`, `executor`, `store`: as in `build_pool`; None is returned while images of other shards are missing.
     Raises MituneError if no metric is named, and neither the prompts nor the model come with one.
     """
     base = load_model(config.model)
@@ -113,7 +125,15 @@ def judge_run(config: Config, run: Path, *, stages: Stages = silent) -> Path:
         images = len(variants) * len(prompts) * config.eval.images
         cost |= {"candidates": images, "denoiser_calls": images * base.steps}
         return evaluate(
-            config, prompts, variants, run / "eval", metric, stages=lambda variant: stages(f"Judging {variant.name}")
+            config,
+            prompts,
+            variants,
+            run / "eval",
+            metric,
+            shard=shard,
+            executor=executor,
+            store=store,
+            stages=stages,
         )
 
 

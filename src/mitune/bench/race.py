@@ -31,7 +31,9 @@ from mitune.pool.scores import CONTRAST, score_named
 from mitune.pool.selection import select
 from mitune.prompts.rivals import rivals_of
 from mitune.run.locks import sole_worker
-from mitune.run.store import Records, claim
+from mitune.run.records import Records
+from mitune.run.store import claim
+from mitune.run.stores.folder import Folder
 from mitune.worlds.base import Listed
 from mitune.worlds.shapes.judge import judge
 
@@ -145,7 +147,7 @@ def run_study(
     """Each prompt's run; a killed study goes on with the prompts that have no record in `folder` yet."""
     model = load_model(settings)
     texts = [listed.text for listed in prompts]
-    records, runs = Records(folder / "records"), []
+    records, runs = Records(Folder(folder / "records")), []
     with sole_worker(folder):
         claim(folder, {"model": model_identity(settings), "prompts": texts} | settings_that_matter(config), "study")
         for index, text in enumerate(texts):

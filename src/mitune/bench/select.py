@@ -29,7 +29,9 @@ from mitune.information.contrast import ASKED, LOG_SNR_RANGE, Evidence
 from mitune.pool.evidence import DRAWS, gather
 from mitune.prompts.rivals import NEGATIVES, NULL, OTHERS, WORDS, Rivals, rivals_of
 from mitune.run.locks import sole_worker
-from mitune.run.store import Records, claim, write_table
+from mitune.run.records import Records
+from mitune.run.store import claim, write_table
+from mitune.run.stores.folder import Folder
 from mitune.worlds.base import Listed
 from mitune.worlds.shapes.grammar import Prompt, parse
 from mitune.worlds.shapes.judge import Verdict, judge
@@ -113,7 +115,7 @@ def run_study(
             part = folder / f"{Path(settings.name).name}-{scale:g}"
             asked = {"prompts": texts, "rivals": rivals, "log_snr": LOG_SNR_RANGE}
             claim(part, {"model": model_identity(settings)} | asked | settings_that_matter(config), "study")
-            records = Records(part / "records")
+            records = Records(Folder(part / "records"))
             for number, listed in enumerate(prompts):
                 record = records.read(number)
                 if record is None:

@@ -33,11 +33,9 @@ from pathlib import Path
 import torch
 from torch import Generator, Tensor
 
-from mitune.denoiser.network import denoiser_of, execution_device, network_output
 from mitune.denoiser.opening.models import Model, model_folder
-from mitune.denoiser.path import path_of
 from mitune.denoiser.pictures import encode_images
-from mitune.denoiser.sampling import condition
+from mitune.denoiser.replay import condition
 from mitune.errors import MituneError
 from mitune.information import (
     Estimator,
@@ -45,7 +43,6 @@ from mitune.information import (
     Predict,
     Proposal,
     alpha_sigma,
-    epsilon_and_sample,
     point_wise_draws,
     true_noise,
 )
@@ -201,7 +198,7 @@ class Said:
 @torch.no_grad()
 def ask(model: Model, latents: Tensor, prompts: Sequence[str], *, draws: int, seed: int) -> Said:
     """Noises one image, latents (1, C, H, W), and denoises it with the empty prompt and each of the others."""
-    path = path_of(model.pipe.scheduler)
+    path = model.denoiser.path
     inside = default_proposal(path, "self-confidence")  # one question for all, and this one is a mean over it
     beyond = LogisticProposal(inside.high, path.log_snr_range()[1])
     loss, orthogonal, confidence = _integrals(model, latents, [EMPTY, *prompts], inside, draws, seed)
@@ -221,7 +218,7 @@ def _integrals(
     model: Model, latents: Tensor, prompts: Sequence[str], proposal: Proposal, draws: int, seed: int
 ) -> list[Tensor]:
     """Loss, orthogonal estimate against the first prompt, and confidence: (P, strata) each, to be averaged."""
-    path, device = path_of(model.pipe.scheduler), execution_device(model.pipe)
+    path, device = model.denoiser.path, model.denoiser.device
     z0 = latents.to(device).expand(len(prompts), -1, -1, -1)
     predict = network(model, prompts)
     answers: list[Tensor] = []
@@ -256,16 +253,9 @@ def _integrals(
 
 def network(model: Model, prompts: Sequence[str]) -> Callable[[Tensor, Tensor], Tensor]:
     """ε̂ of latents (P, C, H, W), each with the prompt beside it, at one log-SNR."""
-    path, denoiser, device = path_of(model.pipe.scheduler), denoiser_of(model.pipe), execution_device(model.pipe)
-    conditioning = {name: value.to(device) for name, value in condition(model, prompts).items()}
-
-    def predict(noisy: Tensor, log_snr: Tensor) -> Tensor:
-        alpha, sigma = (x.float().to(device) for x in alpha_sigma(log_snr, is_flow=path.is_flow))
-        timesteps = path.timestep(log_snr).to(device).expand(len(noisy))
-        output = network_output(denoiser, noisy, conditioning, timesteps)
-        return epsilon_and_sample(output, noisy, alpha, sigma, path.predicts, is_flow=path.is_flow)[0]
-
-    return predict
+    denoiser = model.denoiser
+    conditioning = condition(model, prompts).to(denoiser.device)
+    return lambda noisy, log_snr: denoiser.epsilon(noisy, log_snr, conditioning)
 
 
 def _pairs(index: int, case: _Case, said: Said, truth: Truth) -> list[Pair]:
@@ -314,7 +304,7 @@ def _gap(case: _Case, asked: Pair, said: Said, ends: Sequence[float], truth: Tru
 
 
 def _noisy_end(model: Model, latents: Tensor, others: Tensor, seed: int) -> float:
-    path = path_of(model.pipe.scheduler)
+    path = model.denoiser.path
     return noisy_end(latents, others, default_proposal(path, "standard").low, is_flow=path.is_flow, seed=seed)
 
 

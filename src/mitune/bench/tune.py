@@ -102,8 +102,8 @@ def run_study(
             variants = [Variant(name=BASE), *(Variant(name=own.variant, adapter=own.adapter) for own in adapters)]
             for scale in dict.fromkeys([base.guidance_scale, *guidance_scales]):
                 at_scale = replace(seeded, model=replace(config.model, guidance_scale=scale))
-                judging = partial(_judging, stages, scale)
-                file = evaluate(at_scale, prompts, variants, run / f"eval-{scale:g}", metric, stages=judging)
+                shown = partial(_at_guidance, stages, scale)
+                file = evaluate(at_scale, prompts, variants, run / f"eval-{scale:g}", metric, stages=shown)
                 table = pq.read_table(file)
                 for column, value in {"model": name, "guidance_scale": scale, "tuning_seed": seed}.items():
                     table = table.append_column(column, [[value] * len(table)])
@@ -159,8 +159,8 @@ def _picked_right(adapters: Sequence[_Tuned]) -> dict[str, float]:
     return shares | {name: float(numbers(pool, "right")[flags(pool, "kept")].mean()) for name, pool in pools.items()}
 
 
-def _judging(stages: Stages, scale: float, variant: Variant) -> AbstractContextManager[Step]:
-    return stages(f"Judging {variant.name} at guidance {scale:g}")
+def _at_guidance(stages: Stages, scale: float, title: str) -> AbstractContextManager[Step]:
+    return stages(f"{title} at guidance {scale:g}")
 
 
 # --- Tables ------------------------------------------------------------------------------------------------------

@@ -25,6 +25,8 @@ TABLES: Mapping[str, str] = {
     "methods": "mitune.methods.base:METHODS",
     "presets": "mitune.config.presets:PRESET_TABLE",
     "worlds": "mitune.worlds.base:WORLDS",
+    "executors": "mitune.run.executors.base:EXECUTORS",
+    "stores": "mitune.run.stores.base:STORES",
 }
 
 
@@ -42,7 +44,7 @@ def summaries(kind: str) -> dict[str, str]:
 @app.command(name="list")
 def list_names(
     kind: Annotated[
-        Literal["scores", "metrics", "objectives", "methods", "models", "presets", "worlds"],
+        Literal["scores", "metrics", "objectives", "methods", "models", "presets", "worlds", "executors", "stores"],
         Argument(help="What to list."),
     ],
 ) -> None:

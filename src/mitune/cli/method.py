@@ -17,6 +17,7 @@ from mitune.cli.options import (
     Candidates,
     ConfigFile,
     Device,
+    ExecutorName,
     Guidance,
     Keep,
     MetricName,
@@ -29,10 +30,14 @@ from mitune.cli.options import (
     RunFolder,
     Seed,
     Selection,
+    Shard,
+    StoreName,
     console,
+    parse_shard,
     say,
     settings_of,
     stage,
+    store_for,
 )
 from mitune.config.ranges import ends_of
 from mitune.config.resolve import differences
@@ -150,9 +155,9 @@ def pool(
     race: Race = None,
     negatives: Negatives = None,
     adapter: Annotated[Path | None, Option(help="Adapter of an earlier round.")] = None,
-    shard: Annotated[
-        str, Option(help="i/n: make every n-th prompt from the i-th on; n such commands share a folder.")
-    ] = "1/1",
+    shard: Shard = "1/1",
+    executor: ExecutorName = "local",
+    store: StoreName = "folder",
     assignments: Assignments = None,
     run: RunFolder = Path("runs/pool"),
 ) -> None:
@@ -165,13 +170,15 @@ def pool(
     from mitune.evaluation.metrics.table import metric_for
     from mitune.pool.build import build_pool
     from mitune.prompts.lists import load_prompts
+    from mitune.run.executors.base import EXECUTORS
 
     options = {
         "model.name": model, "model.guidance_scale": guidance_scale, "model.device": device, "prompts": prompts,
         "prompt_field": prompt_field, "metric": metric, "pool.candidates": candidates, "pool.keep": keep,
         "pool.select": select, "pool.seed": seed, "pool.race": _race(race), "pool.negatives": negatives,
     }  # fmt: skip
-    config, part = settings_of(preset, config_file, assignments, options), _parse_shard(shard)
+    config, part = settings_of(preset, config_file, assignments, options), parse_shard(shard)
+    launcher, place = EXECUTORS.resolve(executor), store_for(store)
     loaded = load_model(config.model, adapter=adapter)
     texts = [listed.text for listed in load_prompts(config.prompts, loaded, config.prompt_field)]
     judge = metric_for(config.metric, source=config.prompts, model=config.model.name, prompts=texts)
@@ -183,6 +190,8 @@ def pool(
             config.pool,
             metric=judge,
             shard=part,
+            executor=launcher,
+            store=place,
             identity=model_identity(config.model, adapter),
             progress=step,
         )
@@ -197,17 +206,6 @@ def pool(
         )
     if result.broken:
         console.print(f"{result.broken} of {result.candidates} candidates came out as NaN and were left out.")
-
-
-def _is_number(text: str) -> bool:
-    return text.isdecimal() and len(text) < 10
-
-
-def _parse_shard(text: str) -> tuple[int, int]:
-    first, _, count = text.partition("/")
-    if not (_is_number(first) and _is_number(count) and 1 <= int(first) <= int(count)):
-        raise MituneError(f"--shard {text!r} needs the form i/n with 1 <= i <= n, e.g. 2/4.")
-    return int(first) - 1, int(count)
 
 
 @app.command()
@@ -383,10 +381,15 @@ def evaluate(
     guidance: Annotated[
         list[float] | None, Option(help="Also judge the base at this guidance scale. Repeatable.")
     ] = None,
+    shard: Shard = "1/1",
+    executor: ExecutorName = "local",
+    store: StoreName = "folder",
     device: Device = None,
     assignments: Assignments = None,
 ) -> None:
     """Judge base and tuned models of a run on held-out prompts: same prompts, same seeds, paired intervals.
+
+    Images that are there are not made again; whichever shard finds all of them judges them.
 
     Examples:
 
@@ -395,8 +398,11 @@ def evaluate(
     mitune eval runs/sd21 --prompts heldout.txt --metric mine:MyMetric
     """
     from mitune.report.build import build_report, headline
+    from mitune.run.executors.base import EXECUTORS
     from mitune.tuning import judge_run
 
+    part = parse_shard(shard)
+    launcher, place = EXECUTORS.resolve(executor), store_for(store)
     config = settings_of(None, run / "config.yaml", assignments, {"model.device": device, "metric": metric})
     judged = replace(
         config.eval,
@@ -407,7 +413,10 @@ def evaluate(
     if source is None:
         raise MituneError(f"{run} names no prompts to judge by; give some with --prompts.")
     field = prompt_field or config.prompt_field
-    judge_run(replace(config, eval=judged, eval_prompts=source, prompt_field=field), run, stages=stage)
+    config = replace(config, eval=judged, eval_prompts=source, prompt_field=field)
+    if judge_run(config, run, shard=part, executor=launcher, store=place, stages=stage) is None:
+        console.print("This shard is done; the verdict is given when all prompts have their images.")
+        return
     console.print(headline(run), soft_wrap=True)
     say("Report", build_report(run))
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -25,6 +27,10 @@ from mitune.config.presets import PRESETS
 from mitune.config.ranges import ends_of
 from mitune.config.resolve import resolve
 from mitune.config.schema import Config, ModelConfig, PoolConfig
+from mitune.errors import MituneError
+
+if TYPE_CHECKING:
+    from mitune.run.stores.base import Store
 
 console = Console(stderr=True)
 
@@ -92,6 +98,15 @@ Race = Annotated[
 ]
 Seed = Annotated[int | None, Option(help=f"Seed of the candidates, {ends_of(PoolConfig, 'seed')}.")]
 Device = Annotated[str | None, Option(help="cpu, cuda, cuda:1, mps; the GPU if there is one.")]
+Shard = Annotated[
+    str, Option(help="i/n: make every n-th prompt's images, from the i-th on; n such commands share a folder.")
+]
+ExecutorName = Annotated[
+    str, Option("--executor", metavar="NAME", help="Who has the images made: local, or module:attribute of your own.")
+]
+StoreName = Annotated[
+    str, Option("--store", metavar="NAME", help="Where their records lie: folder, or module:attribute of your own.")
+]
 RunFolder = Annotated[Path, Option("--run", "-r", help="Run folder; the same command goes on where it stopped.")]
 
 
@@ -109,6 +124,27 @@ def settings_of(
             section, _, name = key.rpartition(".")
             (nested.setdefault(section, {}) if section else nested)[name] = value
     return resolve(preset=preset, file=file, assignments=assignments or (), options=nested, defaults=defaults)
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """(i − 1, n) of --shard i/n. Raises MituneError for anything else."""
+    first, _, count = text.partition("/")
+    if not (_is_number(first) and _is_number(count) and 1 <= int(first) <= int(count)):
+        raise MituneError(f"--shard {text!r} needs the form i/n with 1 <= i <= n, e.g. 2/4.")
+    return int(first) - 1, int(count)
+
+
+def _is_number(text: str) -> bool:
+    return text.isdecimal() and len(text) < 10
+
+
+def store_for(name: str) -> Callable[[Path], Store]:
+    """What makes the store called `name` of a folder. Raises MituneError, before anything is made, if nothing does."""
+    from mitune.run.stores.base import STORES
+
+    with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        STORES.resolve(name, Path(folder))
+    return partial(STORES.resolve, name)
 
 
 def say(what: str, path: Path) -> None:

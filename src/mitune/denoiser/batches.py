@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from mitune.denoiser.conditioning import refuse_second_dimension
+from mitune.denoiser.arguments import refuse_second_dimension
 from mitune.denoiser.network import Family, denoiser_of, family_of
+from mitune.denoiser.pipeline import Pipeline
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +70,7 @@ def skips_layers(kwargs: Mapping[str, Any]) -> bool:
 
 
 @contextmanager
-def constant_batches(pipe: Any, size: int) -> Iterator[None]:
+def constant_batches(pipe: Pipeline, size: int) -> Iterator[None]:
     """Whatever batch the pipeline hands its denoiser, the network gets `size` candidates at a time.
 
     The last of them are filled up with repeats, which are thrown away. Both passes of a candidate stay together, as in
@@ -103,7 +104,7 @@ def constant_batches(pipe: Any, size: int) -> Iterator[None]:
 
 
 @contextmanager
-def texts_encoded_once(pipe: Any, encoded: dict[Any, Any] | None = None) -> Iterator[None]:
+def texts_encoded_once(pipe: Pipeline, encoded: dict[Any, Any] | None = None) -> Iterator[None]:
     """Text encoders get each distinct text once, and alone, however many rows of the pipeline's batch repeat it.
 
     encoded: where their outputs are kept, if the same texts will come again in a later call of the pipeline.
@@ -154,7 +155,7 @@ def joined(parts: list[Any]) -> Any:
 
 
 @contextmanager
-def called_through(module: nn.Module, wrapper: Callable[..., Any], method: str = "forward") -> Iterator[None]:
+def called_through(module: object, wrapper: Callable[..., Any], method: str = "forward") -> Iterator[None]:
     """Has `wrapper` called with the module's method, and its arguments, instead of the method itself.
 
     For one call of the pipeline: where its parts are offloaded, accelerate puts a method of its own there at the end.

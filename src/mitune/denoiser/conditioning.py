@@ -1,219 +1,246 @@
-"""What a denoiser is told beside z and t, as tensors with one row a candidate; and back into its arguments.
-
-The name of a tensor says how it is handed on:
-
-    encoder_hidden_states          (B, ...) as it is
-    added_cond_kwargs.text_embeds  an entry of a mapping
-    img_ids=                       the same for all rows: the first row
-    image_rotary_emb.0=            an item of a tuple of such
-    cap_feats[]                    a list with one tensor a row
-    text_states^                   (B, layers, ...) the batch is the second dimension of the argument
-    cap_feats[]#                   (B,) the length of each row, where they differ; −1 where the argument is None
-    =                              JSON of the arguments that are no tensors, also those in mappings, as bytes
-"""
+"""What a denoiser is told of N candidates beside z and t; kept row by row, and turned back into its arguments."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from mitune.errors import MituneError, ModelError
+from mitune.denoiser.arguments import PADDING, Form, Parts, nested, plain_values
+from mitune.errors import MituneError
 
-SHARED, LISTED, LAYERED, LENGTHS = "=", "[]", "^", "#"
-_PLAIN = SHARED  # the nameless shared tensor
-_PADDING = 0.0
-
-
-def flatten(
-    arguments: Mapping[str, Any],
-    rows: int,
-    picked: Tensor,
-    *,
-    shared: Collection[str] = (),
-    layered: Collection[str] = (),
-    listed: bool = False,
-) -> dict[str, Tensor]:
-    """The arguments of a call of the denoiser with `rows` rows, those in `picked` alone.
-
-    shared: names of arguments that are the same for all rows, whatever their length. layered: of those that have the
-    rows in their second dimension. listed: whether lists have one tensor a row. Raises ModelError for any other tensor
-    with rows in its second dimension or inside a list, such as the residuals of a ControlNet.
-    """
-    flat = {
-        name + LAYERED: arguments[name].detach().transpose(0, 1)[picked.to(arguments[name].device)]
-        for name in layered
-        if name in arguments
-    }
-    rest = {name: value for name, value in arguments.items() if name not in layered}
-    flat |= _tensors(rest, "", rows, picked, shared, listed)
-    if plain := _plain({name: value for name, value in arguments.items() if name != "return_dict"}):
-        encoded = torch.frombuffer(bytearray(json.dumps(plain).encode()), dtype=torch.uint8)
-        flat[_PLAIN] = encoded.expand(len(picked), -1)
-    return flat
+ABSENT = -1  # the length of a row whose argument is None
+_LENGTHS, _SHARED, _CALL, _PLAIN, _NULL = "lengths/", "shared/", "call", "plain", "null."  # in a file
 
 
-def _tensors(
-    arguments: Mapping[str, Any], prefix: str, rows: int, picked: Tensor, shared: Collection[str], listed: bool
-) -> dict[str, Tensor]:
-    flat: dict[str, Tensor] = {}
-    for key, value in arguments.items():
-        name = prefix + key
-        if isinstance(value, Tensor):
-            value = value.detach()
-            if key not in shared and _has_rows(value, rows):
-                flat[name] = value[picked.to(value.device)]
-            else:
-                if key not in shared:
-                    refuse_second_dimension(name, value, rows)
-                flat[name + SHARED] = value.expand(len(picked), *value.shape)
-        elif isinstance(value, Mapping):
-            flat |= _tensors(value, f"{name}.", rows, picked, shared, listed)
-        elif _holds_tensors(value):
-            if listed and len(value) == rows:
-                flat |= _padded(name + LISTED, [value[row].detach() for row in picked.tolist()])
-                continue
-            if key not in shared and any(_has_rows(item, rows) for item in value):
-                raise ModelError(
-                    f"The denoiser takes a list of tensors as {name}, which cannot be kept candidate by candidate; "
-                    "leave out what the pipeline makes it from (ControlNet, adapters), or score on-line alone."
-                )
-            items = {str(place): item for place, item in enumerate(value)}
-            flat |= _tensors(items, f"{name}.", rows, picked, list(items), listed)
-    return flat
+@dataclass(frozen=True, slots=True, eq=False)
+class Shared:
+    """What all rows of a call are told alike."""
 
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)  # by argument: positions, mostly
+    plain: Mapping[str, Any] = field(default_factory=dict)  # arguments that JSON can hold, also those inside mappings
 
-def refuse_second_dimension(name: str, value: Any, rows: int) -> None:
-    """Raises ModelError for a tensor that seems to have its rows in the second dimension."""
-    if isinstance(value, Tensor) and not _has_rows(value, rows) and value.ndim > 2 and value.shape[1] == rows:
-        raise ModelError(
-            f"The denoiser takes {name} with the candidates in its second dimension, which mitune does not know how "
-            "to take apart; see docs/support.md for the models that it knows."
+    def same_as(self, other: Shared) -> bool:
+        """Whether both say the same."""
+        return (
+            self.plain == other.plain
+            and self.tensors.keys() == other.tensors.keys()
+            and all(torch.equal(value, other.tensors[name]) for name, value in self.tensors.items())
         )
 
 
-def _has_rows(value: Any, rows: int) -> bool:
-    return isinstance(value, Tensor) and value.ndim > 0 and len(value) == rows
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Conditioning:
+    """The arguments of a denoiser for N candidates, but for z and t, by the names of `arguments.py`.
 
-
-def _holds_tensors(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and any(isinstance(item, Tensor) for item in value)
-
-
-def _plain(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """What is plain in the arguments, and in mappings among them."""
-    plain: dict[str, Any] = {}
-    for name, value in arguments.items():
-        if isinstance(value, Mapping):
-            if inner := _plain(value):
-                plain[name] = inner
-        elif _is_plain(value):
-            plain[name] = value
-    return plain
-
-
-def _is_plain(value: Any) -> bool:
-    """A number, a text, or a sequence of plain values."""
-    if isinstance(value, (list, tuple)):
-        return all(_is_plain(item) for item in value)
-    return isinstance(value, (bool, int, float, str))
-
-
-def unflatten(conditioning: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Arguments for the denoiser from `flatten`; texts are handed on padded as they are (`groups` knows better)."""
-    nested: dict[str, Any] = {}
-    for name, value in conditioning.items():
-        if name == _PLAIN:
-            nested = _merged(nested, json.loads(bytes(value[0].tolist())))
-            continue
-        if name.endswith(LENGTHS):
-            continue
-        *parents, last = name.removesuffix(SHARED).removesuffix(LISTED).removesuffix(LAYERED).split(".")
-        inner = nested
-        for parent in parents:
-            inner = inner.setdefault(parent, {})
-        if name.endswith(LISTED):
-            lengths = conditioning.get(name + LENGTHS)
-            sizes = [value.shape[1]] * len(value) if lengths is None else lengths.tolist()
-            inner[last] = [row[:size] for row, size in zip(value, sizes, strict=True)]
-        elif name.endswith(LAYERED):
-            inner[last] = value.transpose(0, 1)
-        else:
-            inner[last] = value[0] if name.endswith(SHARED) else value
-    return {name: _as_tuple(value) for name, value in nested.items()}
-
-
-def _merged(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    both = one.keys() & other.keys()
-    return one | other | {name: _merged(one[name], other[name]) for name in both}
-
-
-def _as_tuple(value: Any) -> Any:
-    """Mappings with the keys 0, 1, … were tuples."""
-    if not isinstance(value, dict):
-        return value
-    inner = {key: _as_tuple(item) for key, item in value.items()}
-    return tuple(inner.values()) if all(key.isdigit() for key in inner) else inner
-
-
-def groups(conditioning: Mapping[str, Tensor]) -> Iterator[tuple[Tensor, dict[str, Any]]]:
-    """Rows whose texts are of one length, (n,), with their arguments for the denoiser: texts without padding.
-
-    Where all are of one length, that is one group; the denoiser is called once for each.
+    Rows of different length are padded, and `lengths` has their own.
     """
-    ragged = [name for name in conditioning if name.endswith(LENGTHS) and not name.endswith(LISTED + LENGTHS)]
-    first = next(iter(conditioning.values()))
-    if not ragged:
-        yield torch.arange(len(first), device=first.device), unflatten(conditioning)
-        return
-    lengths = torch.stack([conditioning[name] for name in ragged], dim=1)
-    for signature in torch.unique(lengths, dim=0):
-        rows = torch.nonzero((lengths == signature).all(dim=1)).flatten()
-        part = {name: value[rows] for name, value in conditioning.items() if name not in ragged}
-        for name, length in zip(ragged, signature.tolist(), strict=True):
-            text = part.pop(name.removesuffix(LENGTHS))
-            if length >= 0:
-                part[name.removesuffix(LENGTHS)] = text[:, :length]
-        yield rows, unflatten(part)
+
+    rows: Mapping[str, Tensor]  # (N, ...) each
+    lengths: Mapping[str, Tensor] = field(default_factory=dict)  # (N,) whole numbers; `ABSENT` where it is None
+    forms: Mapping[str, Form] = field(default_factory=dict)  # of `rows` that the denoiser takes in another form
+    shared: Sequence[Shared] = (Shared(),)  # one for each kind of call
+    call: Tensor  # (N,) which of `shared` goes with a row
+
+    def __len__(self) -> int:
+        return len(self.call)
+
+    @classmethod
+    def of_call(
+        cls,
+        arguments: Mapping[str, Any],
+        rows: int,
+        picked: Tensor,
+        *,
+        shared: Collection[str] = (),
+        layered: Collection[str] = (),
+        listed: bool = False,
+    ) -> Self:
+        """That of the rows `picked` (N,), out of the arguments of a call of the denoiser with `rows` rows.
+
+        shared: names of arguments that are the same for all rows, whatever their length. layered: of those that have
+        the rows in their second dimension. listed: whether lists have one tensor a row. Raises ModelError for any other
+        tensor with rows in its second dimension or inside a list, such as the residuals of a ControlNet.
+        """
+        parts = Parts(rows, picked, shared, layered, listed)
+        parts.add(arguments)
+        plain = plain_values({name: value for name, value in arguments.items() if name != "return_dict"})
+        return cls(
+            rows=parts.tensors,
+            lengths=parts.lengths,
+            forms=parts.forms,
+            shared=(Shared(parts.shared, plain),),
+            call=torch.zeros(len(picked), dtype=torch.int64),
+        )
+
+    def take(self, places: Tensor | Sequence[int]) -> Self:
+        """The rows at these places."""
+        index = torch.as_tensor(places, dtype=torch.int64, device="cpu")
+
+        def taken(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {name: value[index.to(value.device)] for name, value in tensors.items()}
+
+        return replace(self, rows=taken(self.rows), lengths=taken(self.lengths), call=self.call[index])
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None, *, non_blocking: bool = False) -> Self:
+        """The same on a device, and its rows in a dtype. What rows share are positions, and keep the precision that
+        the pipeline chose for them; lengths stay where they are."""
+
+        def moved(value: Tensor, dtype: torch.dtype | None) -> Tensor:
+            return value.to(device, dtype if value.is_floating_point() else None, non_blocking=non_blocking)
+
+        shared = [Shared({k: moved(v, None) for k, v in each.tensors.items()}, each.plain) for each in self.shared]
+        return replace(self, rows={k: moved(v, dtype) for k, v in self.rows.items()}, shared=shared)
+
+    def arguments(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+        """Rows that one call can be made for, (n,), with its arguments: texts of one length, without padding.
+
+        Where all are of one length and share the rest, that is one group.
+        """
+        ragged = [name for name in self.lengths if self.forms.get(name) != "list"]
+        kinds = torch.stack([*(self.lengths[name] for name in ragged), self.call], dim=1)
+        for kind in torch.unique(kinds, dim=0):
+            *lengths, call = kind.tolist()
+            places = (kinds == kind).all(dim=1).nonzero().flatten()
+            part = self if len(places) == len(self) else self.take(places)
+            told = dict(part.rows)
+            for name, length in zip(ragged, lengths, strict=True):
+                if length == ABSENT:
+                    del told[name]
+                else:
+                    told[name] = told[name][:, :length]
+            values = {name: part._formed(name, value) for name, value in told.items()}
+            yield places, nested(values | dict(self.shared[call].tensors), self.shared[call].plain)
+
+    def _formed(self, name: str, value: Tensor) -> Tensor | list[Tensor]:
+        """Rows of that name in the form that the denoiser takes."""
+        form = self.forms.get(name)
+        if form == "list":
+            return [row[:size] for row, size in zip(value, self.lengths[name].tolist(), strict=True)]
+        return value.transpose(0, 1) if form == "layers" else value
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """For a file of tensors: rows by their names, the rest by names with a stroke, and what is plain as JSON."""
+        tensors = dict(self.rows)
+        tensors |= {_LENGTHS + name: lengths for name, lengths in self.lengths.items()}
+        tensors |= {
+            f"{_SHARED}{place}/{name}": value.clone()  # a file takes no tensors that share memory
+            for place, each in enumerate(self.shared)
+            for name, value in each.tensors.items()
+        }
+        if len(self.shared) > 1:
+            tensors[_CALL] = self.call
+        plain = [dict(each.plain) for each in self.shared]
+        if self.forms or any(plain):
+            text = json.dumps({"forms": dict(self.forms), "calls": plain})
+            tensors[_PLAIN] = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+        return tensors
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
+        """The inverse of `to_tensors`; those of the other pass are left out (`Passes`).
+
+        Raises ValueError for tensors that were not made by it.
+        """
+        tensors = {name: value for name, value in tensors.items() if not name.startswith(_NULL)}
+        rows = {name: value for name, value in tensors.items() if "/" not in name and name not in (_CALL, _PLAIN)}
+        if not rows or any(set("=#[^") & set(name) for name in rows):
+            raise ValueError("the conditioning has names that this version of mitune does not know")
+        plain: dict[str, Any] = {"forms": {}, "calls": [{}]}
+        if _PLAIN in tensors:
+            plain = json.loads(bytes(tensors[_PLAIN].tolist()))
+        shared = [
+            Shared({k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}, values)
+            for start, values in ((f"{_SHARED}{place}/", values) for place, values in enumerate(plain["calls"]))
+        ]
+        count = len(next(iter(rows.values())))
+        return cls(
+            rows=rows,
+            lengths={k.removeprefix(_LENGTHS): v for k, v in tensors.items() if k.startswith(_LENGTHS)},
+            forms=plain["forms"],
+            shared=shared,
+            call=tensors.get(_CALL, torch.zeros(count, dtype=torch.int64)),
+        )
 
 
-def stack(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The conditioning of N candidates, (N, ...) each, from that of each one, without a batch dimension.
+def stack(parts: Sequence[Conditioning]) -> Conditioning:
+    """The rows of all parts, one after another.
 
     Pipelines pad texts to the longest of a batch, and leave out a mask that hides nothing: so lengths and names may
-    differ from row to row; then they are padded, and their lengths kept under the name with `#`.
-    Raises MituneError if anything else differs.
+    differ from part to part. Raises MituneError if anything else differs.
     """
-    stacked: dict[str, Tensor] = {}
-    names = dict.fromkeys(name for row in rows for name in row if not name.endswith(LENGTHS))
-    for name in names:
-        values = [row.get(name) for row in rows]
-        found = [value for value in values if value is not None]
-        if len({value.shape[1:] for value in found}) > 1 or len({value.ndim for value in found}) > 1:
+    rows: dict[str, Tensor] = {}
+    lengths: dict[str, Tensor] = {}
+    for name in dict.fromkeys(name for part in parts for name in part.rows):
+        present = [part.rows[name] for part in parts if name in part.rows]
+        if len({value.shape[2:] for value in present}) > 1 or len({value.ndim for value in present}) > 1:
             raise MituneError(f"The prompts' {name} differ in more than their length; make them with one setting.")
-        lengths = [_length(row, name) for row in rows]
-        if all(value is not None for value in values) and len({value.shape for value in found}) == 1:
-            stacked[name] = torch.stack(found)
-            if any(name + LENGTHS in row for row in rows):
-                stacked[name + LENGTHS] = torch.tensor(lengths)
+        whole = len(present) == len(parts) and len({value.shape[1:] for value in present}) == 1
+        if whole:
+            rows[name] = torch.cat(present)
         else:
-            stacked |= _padded(name, [found[0][:0] if value is None else value for value in values])
-            stacked[name + LENGTHS] = torch.tensor(lengths)
-    return stacked
+            empty = present[0][:1, :0]
+            texts = [part.rows.get(name, empty.expand(len(part), *empty.shape[1:])) for part in parts]
+            rows[name] = pad_sequence([row for text in texts for row in text], batch_first=True, padding_value=PADDING)
+        if not whole or any(name in part.lengths for part in parts):
+            lengths[name] = torch.cat([_lengths(part, name) for part in parts])
+    shared: list[Shared] = []
+    calls = []
+    for part in parts:
+        places = []
+        for each in part.shared:
+            place = next((i for i, other in enumerate(shared) if each.same_as(other)), len(shared))
+            shared += [each] if place == len(shared) else []
+            places.append(place)
+        calls.append(torch.tensor(places)[part.call])
+    forms = {name: form for part in parts for name, form in part.forms.items()}
+    return Conditioning(rows=rows, lengths=lengths, forms=forms, shared=shared, call=torch.cat(calls))
 
 
-def _length(row: Mapping[str, Tensor], name: str) -> int:
-    if name + LENGTHS in row:
-        return int(row[name + LENGTHS])
-    if name not in row:
-        return -1
-    return len(row[name]) if row[name].ndim else 1
+@dataclass(frozen=True, slots=True, eq=False)
+class Passes:
+    """The conditioning of the two passes of a guided step, for the same N candidates."""
+
+    conditional: Conditioning
+    null: Conditioning
+
+    @property
+    def are_alike(self) -> bool:
+        """Whether the arguments of both have the same shapes, so that one call can be made for both without padding."""
+        shapes = [{name: value.shape for name, value in each.rows.items()} for each in (self.conditional, self.null)]
+        return shapes[0] == shapes[1]
+
+    def take(self, places: Tensor | Sequence[int]) -> Self:
+        """The rows at these places."""
+        return replace(self, conditional=self.conditional.take(places), null=self.null.take(places))
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same on a device."""
+        return replace(self, conditional=self.conditional.to(device), null=self.null.to(device))
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """For a file of tensors; names of the pass without the prompt begin with `null.`."""
+        return self.conditional.to_tensors() | {_NULL + k: v for k, v in self.null.to_tensors().items()}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
+        """The inverse of `to_tensors`. Raises ValueError for tensors that were not made by it."""
+        null = {name.removeprefix(_NULL): value for name, value in tensors.items() if name.startswith(_NULL)}
+        return cls(Conditioning.from_tensors(tensors), Conditioning.from_tensors(null))
 
 
-def _padded(name: str, texts: Sequence[Tensor]) -> dict[str, Tensor]:
-    padded = pad_sequence(list(texts), batch_first=True, padding_value=_PADDING)
-    return {name: padded, name + LENGTHS: torch.tensor([len(text) for text in texts], device=padded.device)}
+def stack_passes(parts: Sequence[Passes]) -> Passes:
+    """The rows of all parts, as in `stack`."""
+    return Passes(stack([part.conditional for part in parts]), stack([part.null for part in parts]))
+
+
+def _lengths(part: Conditioning, name: str) -> Tensor:
+    """(N,) of the rows of that name."""
+    if name in part.lengths:
+        return part.lengths[name]
+    return torch.full((len(part),), part.rows[name].shape[1] if name in part.rows else ABSENT)

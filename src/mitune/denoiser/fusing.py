@@ -6,7 +6,6 @@ import errno
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from diffusers.utils.peft_utils import recurse_remove_peft_layers
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -33,8 +32,8 @@ def export_fused(model: ModelConfig, adapter: Path, output: Path) -> Path:
     or if the adapter is damaged or of another model.
     """
     check_new(output)
-    pipe: Any = load_model(replace(model, device="cpu", offload="none", compile=False), adapter=adapter).pipe
-    if hasattr(pipe, "fuse_lora"):
+    pipe = load_model(replace(model, device="cpu", offload="none", compile=False), adapter=adapter).pipe
+    if hasattr(pipe, "fuse_lora") and hasattr(pipe, "unload_lora_weights"):
         pipe.fuse_lora(components=list(adapted_parts(pipe)), safe_fusing=True)
         pipe.unload_lora_weights()
     else:

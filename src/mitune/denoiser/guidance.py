@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mitune.denoiser.pipeline import Scheduler
+
 ROWS = 4  # candidates of a batch that are looked at
 _MISFIT = 0.05  # of what guidance adds: what may be left of the output once the sum is taken away
 _CERTAIN = 0.02  # of the guidance scale: its error from rounding
@@ -66,7 +68,7 @@ class Sum:
 
 
 @contextmanager
-def steps_watched(scheduler: Any, watch: Callable[[Handed | None], None]) -> Iterator[None]:
+def steps_watched(scheduler: Scheduler, watch: Callable[[Handed | None], None]) -> Iterator[None]:
     """Calls `watch` before each step of the scheduler; with None where its arguments have other names."""
     before = scheduler.__dict__.get("step")
     step = before or type(scheduler).step

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from mitune.denoiser.conditioning import SHARED, groups
+from mitune.denoiser.pipeline import Network, Pipeline
 from mitune.errors import ModelError
 
 
@@ -61,7 +62,7 @@ _FAMILIES: Mapping[str, Family] = MappingProxyType(
 )  # fmt: skip
 
 
-def denoiser_of(pipe: Any) -> nn.Module:
+def denoiser_of(pipe: Pipeline) -> Network:
     """The network that a diffusers pipeline denoises with: `pipe.unet` or `pipe.transformer`.
 
     Raises ModelError if there is neither, or a second one that takes over part of the way.
@@ -74,20 +75,40 @@ def denoiser_of(pipe: Any) -> nn.Module:
     for name in ("unet", "transformer"):
         module = getattr(pipe, name, None)
         if isinstance(module, nn.Module):
-            return module
+            return cast(Network, module)
     raise ModelError(
         f"{type(pipe).__name__} has neither a unet nor a transformer; mitune scores diffusers pipelines that denoise "
         "with one of them."
     )
 
 
-def execution_device(pipe: Any) -> torch.device:
+def execution_device(pipe: Pipeline) -> torch.device:
     """Where the pipeline computes. Its `device` is another one if it is offloaded: that of the parts which wait."""
-    device: torch.device = pipe._execution_device
-    return device
+    return pipe._execution_device
 
 
-def compile_denoiser(denoiser: nn.Module, device: torch.device) -> None:
+def components_of(pipe: Pipeline) -> Mapping[str, Any]:
+    """The parts of a pipeline by name; None where it lacks one."""
+    return pipe.components
+
+
+def save_pipeline(pipe: Pipeline, folder: Path) -> None:
+    """Writes a diffusers folder."""
+    pipe.save_pretrained(folder)
+
+
+def without_progress_bar(pipe: Pipeline) -> None:
+    """Has the pipeline draw none from here on."""
+    pipe.set_progress_bar_config(disable=True)
+
+
+def free_denoiser(pipe: Pipeline) -> None:
+    """Has an offloaded denoiser wait again after it was called alone, so that there is room for what comes first in a
+    call of the pipeline."""
+    pipe.maybe_free_model_hooks()
+
+
+def compile_denoiser(denoiser: Network, device: torch.device) -> None:
     """Has torch.compile make fused kernels of the forward pass, at its first call with inputs of a shape; in place.
 
     Hooks stay what they are, as they lie around `forward`. Raises ModelError if nothing can be compiled for `device`.
@@ -103,7 +124,7 @@ def compile_denoiser(denoiser: nn.Module, device: torch.device) -> None:
 
 
 @contextmanager
-def rows_counted(denoiser: nn.Module) -> Iterator[list[int]]:
+def rows_counted(denoiser: Network) -> Iterator[list[int]]:
     """Hands out a list that gets the number of rows of each call of the denoiser."""
     rows: list[int] = []
     handle = denoiser.register_forward_hook(lambda _, __, output: rows.append(len(output[0])))
@@ -113,7 +134,7 @@ def rows_counted(denoiser: nn.Module) -> Iterator[list[int]]:
         handle.remove()
 
 
-def family_of(denoiser: Any) -> Family:
+def family_of(denoiser: Network) -> Family:
     """The row of the table for this denoiser; that of SD and SD3 if it has none of its own."""
     family = _FAMILIES.get(type(denoiser).__name__, Family())
     if family.timestep_setting is None:
@@ -124,29 +145,3 @@ def family_of(denoiser: Any) -> Family:
 def as_tensor(value: Tensor | list[Tensor]) -> Tensor:
     """z or an output, (B, C, H, W), also of a family that has lists of (C, 1, H, W)."""
     return value if isinstance(value, Tensor) else torch.stack(value).squeeze(2)
-
-
-def network_output(denoiser: Any, noisy: Tensor, conditioning: Mapping[str, Tensor], timesteps: Tensor) -> Tensor:
-    """What the denoiser predicts at z = `noisy` (B, ...) and t (B,): of noisy's shape, float32, as the scheduler
-    takes it. conditioning: (B, ...) each, by the names of `mitune.denoiser.conditioning`."""
-    family, dtype = family_of(denoiser), denoiser.dtype
-    # What all rows share are positions; they stay in the precision that the pipeline chose for them.
-    cast = {
-        name: value.to(dtype) if value.is_floating_point() and not name.endswith(SHARED) else value
-        for name, value in conditioning.items()
-    }
-    told = family.timestep_factor * timesteps + family.timestep_offset
-
-    def call(rows: Tensor | slice, arguments: dict[str, Any]) -> Tensor:
-        z = noisy[rows].to(dtype)
-        given = list(z.unsqueeze(2)) if family.listed else z
-        output = denoiser(given, **{family.timestep_name: told[rows]}, **arguments, return_dict=False)[0]
-        return as_tensor(output)[:, : noisy.shape[1]].float()  # further channels are a learned variance
-
-    parts = list(groups(cast))
-    if len(parts) == 1:
-        predicted = call(slice(None), parts[0][1])
-    else:
-        order = torch.cat([rows for rows, _ in parts]).argsort()
-        predicted = torch.cat([call(rows, arguments) for rows, arguments in parts])[order]
-    return -predicted if family.negated else predicted

@@ -15,7 +15,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from types import MethodType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from mitune.denoiser.latent_map import PROBES, LatentMap, probes
 from mitune.denoiser.network import denoiser_of, execution_device
 from mitune.denoiser.opening.calls import calling
 from mitune.denoiser.opening.models import Model, prompted
+from mitune.denoiser.pipeline import Autoencoder, Network, Pipeline, Scheduler
 from mitune.denoiser.quiet import quiet_pipelines
 from mitune.errors import MituneError, ModelError
 from mitune.files.images import as_shown
@@ -76,7 +77,7 @@ def decode(model: Model, latents: Tensor) -> Iterator[Image.Image]:
         log.warning(message, broken, len(latents), str(pipe.dtype).removeprefix("torch."))
 
 
-def _require_unchanged(pipe: Any, returned: Tensor, ended: Tensor) -> None:
+def _require_unchanged(pipe: Pipeline, returned: Tensor, ended: Tensor) -> None:
     """Whether what the pipeline returns as latents is what its last step ended in."""
     if returned.shape != ended.shape or not torch.equal(returned, ended.to(returned)):
         raise ModelError(
@@ -85,20 +86,20 @@ def _require_unchanged(pipe: Any, returned: Tensor, ended: Tensor) -> None:
         )
 
 
-def _require_pictures(pipe: Any, made: Any) -> None:
+def _require_pictures(pipe: Pipeline, made: Any) -> None:
     if not all(isinstance(image, Image.Image) for image in made):
         raise ModelError(
             f"{type(pipe).__name__} makes no pictures; take a text-to-image model, or score its latents in Python."
         )
 
 
-def _decoded_at_once(pipe: Any, latents: Tensor) -> int:
+def _decoded_at_once(pipe: Pipeline, latents: Tensor) -> int:
     cells = 4 * latents.shape[1] if latents.ndim == 3 else latents.shape[2:].numel()  # a packed token is 2 × 2 of them
     return max(1, AT_ONCE // (cells * getattr(pipe, "vae_scale_factor", 8) ** 2))
 
 
 @contextmanager
-def _broken_counted(pipe: Any) -> Iterator[list[int]]:
+def _broken_counted(pipe: Pipeline) -> Iterator[list[int]]:
     """Hands out a list that gets the number of pictures that are not finite from each call of the decoder."""
     broken: list[int] = []
 
@@ -113,7 +114,7 @@ def _broken_counted(pipe: Any) -> Iterator[list[int]]:
 
 
 @torch.no_grad()
-def encode_images(pipe: Any, images: Sequence[Image.Image], call: Mapping[str, Any] | None = None) -> Tensor:
+def encode_images(pipe: Pipeline, images: Sequence[Image.Image], call: Mapping[str, Any] | None = None) -> Tensor:
     """Pictures of one size as latents (N, ...) the way the pipeline's denoiser sees them: the autoencoder's mode.
 
     The autoencoder is lifted to float32, as those of half precision may overflow. call: the arguments that the
@@ -145,7 +146,17 @@ def encode_images(pipe: Any, images: Sequence[Image.Image], call: Mapping[str, A
     return mapping.latents(encoded)
 
 
-def _encoded(autoencoder: Any, pixels: Tensor) -> Tensor:
+def are_packed(pipe: Pipeline, latents: Tensor) -> bool:
+    """Whether these latents are tokens, (N, S, C). Raises MituneError for latents in a shape that a denoiser of
+    pictures does not take."""
+    packs = hasattr(pipe, "_pack_latents")
+    if hasattr(pipe, "image_processor") and latents.ndim != (3 if packs else 4):
+        wanted = "packed, (N, S, C)" if packs else "(N, C, H, W), not packed"
+        raise MituneError(f"The latents have shape {tuple(latents.shape)}; this model takes {wanted}.")
+    return packs and latents.ndim == 3
+
+
+def _encoded(autoencoder: Autoencoder, pixels: Tensor) -> Tensor:
     """The mode of the encoder's distribution, or what it gives if that is none (TAESD, DC-AE, VQ)."""
     encoded = autoencoder.encode(pixels, return_dict=False)[0]
     latents: Tensor = encoded if isinstance(encoded, Tensor) else encoded.mode()
@@ -153,7 +164,7 @@ def _encoded(autoencoder: Any, pixels: Tensor) -> Tensor:
 
 
 @contextmanager
-def _in_float32(autoencoder: Any) -> Iterator[None]:
+def _in_float32(autoencoder: Autoencoder) -> Iterator[None]:
     dtype = autoencoder.dtype
     if dtype == torch.float32:
         yield
@@ -169,7 +180,7 @@ class _Stop(Exception):
     """Leaves a call of the pipeline where it would decode."""
 
 
-def _map_of(pipe: Any, autoencoder: nn.Module, call: Mapping[str, Any], height: int, width: int) -> LatentMap:
+def _map_of(pipe: Pipeline, autoencoder: Autoencoder, call: Mapping[str, Any], height: int, width: int) -> LatentMap:
     """What the pipeline does to the latents of pictures of this size before it decodes them."""
     seen: list[Tensor] = []
 
@@ -199,15 +210,16 @@ def _map_of(pipe: Any, autoencoder: nn.Module, call: Mapping[str, Any], height: 
     return mapping
 
 
-def _autoencoder_of(pipe: Any) -> Any | None:
+def _autoencoder_of(pipe: Pipeline) -> Autoencoder | None:
     """Whatever the pipeline calls it: vae, vqvae, movq, vqgan."""
     parts = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
-    return next((part for part in parts if hasattr(part, "encode") and hasattr(part, "decode")), None)
+    autoencoder = next((part for part in parts if hasattr(part, "encode") and hasattr(part, "decode")), None)
+    return cast(Autoencoder | None, autoencoder)
 
 
 @torch.no_grad()
 def _call_to_end(
-    pipe: Any, ending: Callable[[Tensor], Tensor], rows: int, call: Mapping[str, Any], texts: dict[Any, Any]
+    pipe: Pipeline, ending: Callable[[Tensor], Tensor], rows: int, call: Mapping[str, Any], texts: dict[Any, Any]
 ) -> Any:
     """What the pipeline makes of `rows` blank prompts if each of its steps ends in `ending`, called with the latents
     that it would have ended in; the network is not run. texts: kept for further calls."""
@@ -221,7 +233,7 @@ def _call_to_end(
             pipe.scheduler = scheduler
 
 
-def _no_network(denoiser: nn.Module) -> Callable[..., Any]:
+def _no_network(denoiser: Network) -> Callable[..., Any]:
     """What stands in for the network's forward: zeros, of as many channels, some of which may be a variance."""
     first = next(iter(inspect.signature(denoiser.forward).parameters))
     channels = getattr(denoiser.config, "out_channels", None)
@@ -239,7 +251,7 @@ def _no_network(denoiser: nn.Module) -> Callable[..., Any]:
     return zeros
 
 
-def _ending_in(scheduler: Any, ending: Callable[[Tensor], Tensor], name: str) -> Any:
+def _ending_in(scheduler: Scheduler, ending: Callable[[Tensor], Tensor], name: str) -> Scheduler:
     """A copy of the scheduler whose steps end in `ending`, called with the latents that they would end in."""
     stand_in = copy.copy(scheduler)
     step = MethodType(type(scheduler).step, stand_in)  # of the copy, whatever watches the one that it is of

@@ -22,8 +22,10 @@ from mitune.denoiser.batches import Rows, called_through, joined
 from mitune.denoiser.network import denoiser_of
 from mitune.denoiser.opening.calls import calling
 from mitune.denoiser.opening.models import prompted
+from mitune.denoiser.pipeline import Pipeline
 from mitune.denoiser.quiet import quiet_pipelines
 from mitune.errors import MituneError
+from mitune.files.texts import Faults
 
 TOGETHER = 32  # texts in one call
 
@@ -43,7 +45,7 @@ class Reading:
         return f"{self.tokens} tokens, but a call of this model reads {self.limit}; shorten the text"
 
 
-def cut_texts(pipe: Any, texts: Sequence[str], call: Mapping[str, Any]) -> dict[str, Reading]:
+def cut_texts(pipe: Pipeline, texts: Sequence[str], call: Mapping[str, Any]) -> dict[str, Reading]:
     """Those of `texts` that `pipe(texts, **call)` would cut.
 
     Where several text encoders read a text, the one that reads most of it decides. Raises MituneError if the negative
@@ -70,7 +72,17 @@ def cut_texts(pipe: Any, texts: Sequence[str], call: Mapping[str, Any]) -> dict[
     return {text: reading for text, reading in found.items() if reading.is_cut}
 
 
-def _tokenizers(pipe: Any) -> list[PreTrainedTokenizerBase]:
+def refuse_cut(pipe: Pipeline, texts: Sequence[str], call: Mapping[str, Any], source: str = "prompt") -> None:
+    """Raises MituneError for texts that the pipeline's call would cut, with their numbers."""
+    faults = Faults(source, " ")
+    cut = cut_texts(pipe, texts, call)
+    for number, text in enumerate(texts, start=1):
+        if text in cut:
+            faults.add(number, str(cut[text]))
+    faults.refuse()
+
+
+def _tokenizers(pipe: Pipeline) -> list[PreTrainedTokenizerBase]:
     """Each once, also those inside of processors."""
     parts = [getattr(part, "tokenizer", part) for part in pipe.components.values()]
     return list({id(part): part for part in parts if isinstance(part, PreTrainedTokenizerBase)}.values())
@@ -169,7 +181,7 @@ class _Reached(Exception):
 
 @contextmanager
 def _up_to_the_denoiser(
-    pipe: Any, tokenizers: Sequence[PreTrainedTokenizerBase]
+    pipe: Pipeline, tokenizers: Sequence[PreTrainedTokenizerBase]
 ) -> Iterator[Callable[[Sequence[str], Mapping[str, Any]], _Seen]]:
     """Hands out a function of texts and a call that runs the pipeline up to its denoiser, and says what it saw.
 

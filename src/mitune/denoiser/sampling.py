@@ -9,22 +9,22 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from mitune.denoiser.batches import constant_batches, texts_encoded_once
-from mitune.denoiser.conditioning import stack
+from mitune.denoiser.conditioning import Passes
+from mitune.denoiser.network import free_denoiser
 from mitune.denoiser.opening.calls import calling
 from mitune.denoiser.opening.models import Model, prompted
 from mitune.denoiser.probe import MIProbe
 from mitune.denoiser.quiet import quiet_pipelines
+from mitune.denoiser.reading import refuse_cut
 from mitune.information import SCORES, Trace
-from mitune.prompts.lists import refuse_cut
 
 log = logging.getLogger(__name__)
 LARGEST_BATCH = 64  # to begin with on a GPU; more than that makes none faster
@@ -45,8 +45,7 @@ class Batch:
 
     latents: Tensor  # (B, C, H, W), in the denoiser's space, on the CPU
     trace: Trace
-    conditioning: dict[str, Tensor]  # (B, ...) each: what the denoiser was told of the prompts
-    null_conditioning: dict[str, Tensor]
+    passes: Passes  # of the B: what the denoiser was told, on the CPU
     dropped: list[int]  # (B) the step after which a race dropped it, its latents and terms being NaN; 0 where it stayed
     batch_size: int  # of the denoiser's calls
 
@@ -81,6 +80,7 @@ def generate(
 
     on_step is called with the probe after each step, and may have it keep some candidates only.
     """
+    free_denoiser(model.pipe)
     with (
         texts_encoded_once(model.pipe),
         constant_batches(model.pipe, batch_size),
@@ -95,14 +95,13 @@ def generate(
         )[0]
     stayed, dropped = probe.candidates, probe.dropped
     texts = {requests[place].prompt: row for row, place in enumerate(stayed)}
-    rows = torch.tensor([texts[request.prompt] for request in requests])
+    rows = [texts[request.prompt] for request in requests]
     finished = latents.float().cpu()
     finished[list(dropped)] = torch.nan
     return Batch(
         latents=finished,
         trace=probe.trace(latents).spread(stayed, len(requests)),
-        conditioning={name: tensor.cpu()[rows] for name, tensor in probe.conditioning.items()},
-        null_conditioning={name: tensor.cpu()[rows] for name, tensor in probe.null_conditioning.items()},
+        passes=probe.passes.take(rows).to("cpu"),
         dropped=[dropped.get(place, 0) for place in range(len(requests))],
         batch_size=batch_size,
     )
@@ -145,42 +144,3 @@ def generate_all(
             continue
         yield chunk, batch
         start += len(chunk)
-
-
-class _Checked(Exception):
-    """Leaves a call of the pipeline."""
-
-
-def first_step(pipe: Any, arguments: Mapping[str, Any]) -> MIProbe:
-    """The probe of a call of the pipeline with `arguments`, two steps or more, which is left as soon as it is checked:
-    for what the denoiser is told, mostly after one step.
-
-    Raises ModelError for arguments that the pipeline does not take, or a use of its denoiser that is not known.
-    """
-    with calling(pipe, arguments), quiet_pipelines(), suppress(_Checked), MIProbe(pipe) as probe:
-
-        def leave(*_: object) -> None:
-            if probe.checked:
-                raise _Checked
-
-        handle = probe.denoiser.register_forward_pre_hook(leave)
-        try:
-            pipe(**arguments)
-        finally:
-            handle.remove()
-            pipe.maybe_free_model_hooks()  # as at the end of a call that is not left
-    probe.check_alone()
-    return probe
-
-
-@torch.no_grad()
-def condition(model: Model, prompts: Sequence[str], batch_size: int = 64) -> dict[str, Tensor]:
-    """What the pipeline tells its denoiser of each prompt, (N, ...) each."""
-    rows: list[dict[str, Tensor]] = []
-    # Of one step, PixArt makes another path.
-    call = model.call | {"num_inference_steps": 2, "output_type": "latent", "generator": torch.Generator()}
-    for start in range(0, len(prompts), batch_size):
-        chunk = list(prompts[start : start + batch_size])
-        told = first_step(model.pipe, prompted(model.pipe, chunk, call)).conditioning
-        rows += [{name: tensor[row] for name, tensor in told.items()} for row in range(len(chunk))]
-    return stack(rows)

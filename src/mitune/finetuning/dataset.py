@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from mitune.denoiser.conditioning import Conditioning
 from mitune.errors import MituneError
 from mitune.run.seals import SEAL, faults, read_seal
 from mitune.run.store import DAMAGED
@@ -22,7 +23,6 @@ from mitune.worlds.base import embedded_model
 
 log = logging.getLogger(__name__)
 
-_NULL = "null."  # before the names of the unconditional embeddings, which training does not need
 _REMEDY = "the `mitune pool` or `mitune tune` command that made it makes it again"
 
 
@@ -33,7 +33,7 @@ class TrainingSet:
     prompts: list[str]
     selection: str  # how the images were chosen, for the model card
     latents: Tensor  # (N, C, H, W), in the denoiser's space, float32
-    conditioning: dict[str, Tensor]  # (N, ...) each: the denoiser's arguments; nested ones have dots in their names
+    conditioning: Conditioning  # of the N: what the denoiser was told of the prompts
     weights: Tensor  # (N,) of the images in the loss, with mean one
     advantages: Tensor  # (N,) of the images over others of their prompt, of either sign; ones where none are given
     is_ranked: bool  # whether advantages are given
@@ -60,11 +60,11 @@ class TrainingSet:
                 torch.tensor([float(row.get(name, 1.0)) for row in rows]) for name in ("weight", "advantage")
             )
             latents = load_file(files[1])["latents"].float()
-            conditioning = {k: v for k, v in load_file(files[2]).items() if not k.startswith(_NULL)}
+            conditioning = Conditioning.from_tensors(load_file(files[2]))
             checksum = _checksum(files)
         except (SafetensorError, *DAMAGED) as error:
             raise MituneError(f"{folder} holds a damaged fine-tuning set ({error!r}); {_REMEDY}.") from error
-        _check_tensors(folder, len(rows), {"latents": latents, **conditioning})
+        _check_tensors(folder, len(rows), {"latents": latents, **conditioning.rows})
         _check_numbers(files[0], "weight", weights, torch.isfinite(weights) & (weights >= 0), "finite and not negative")
         _check_numbers(files[0], "advantage", advantages, torch.isfinite(advantages), "finite")
         if weights.sum() == 0:

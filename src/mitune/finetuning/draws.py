@@ -38,7 +38,7 @@ class Draw:
             timesteps=take(self.timesteps, part),
             path=path,
             prompts=[images.prompts[row] for row in rows.tolist()],
-            conditioning={name: take(values, rows) for name, values in images.conditioning.items()},
+            conditioning=images.conditioning.take(rows).to(device, non_blocking=True),
             weights=take(images.weights, rows),
             advantages=take(images.advantages, rows),
             worse=take(images.latents, self.worse[part]) if images.is_ranked else latents,

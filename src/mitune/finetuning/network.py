@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -18,6 +19,7 @@ from mitune.denoiser.network import compile_denoiser
 from mitune.denoiser.opening.components import Components
 from mitune.denoiser.opening.models import call_arguments
 from mitune.denoiser.path import path_of
+from mitune.denoiser.pipeline import Network
 from mitune.errors import MituneError, first_line
 from mitune.finetuning.adapter import add_adapter, check_rank, load_weights
 from mitune.finetuning.dataset import TrainingSet
@@ -37,9 +39,9 @@ class AdaptedNetwork:
 
     def __call__(self, batch: Batch) -> Tensor:
         """The prediction with the adapters, (B, C, H, W), float32."""
-        conditioning = dict(batch.conditioning)
+        conditioning = batch.conditioning
         if self.text_encoders is not None:
-            conditioning |= self.text_encoders(batch.prompts, conditioning)
+            conditioning = self.text_encoders(batch.prompts, conditioning)
         return self.denoiser.prediction(batch.noisy, batch.timesteps, conditioning)
 
     def reference(self, batch: Batch) -> Tensor:
@@ -79,7 +81,8 @@ def open_network(
         add_adapter(module, config)
     if start_from is not None:
         load_weights(start_from, modules)
-    denoiser = NetworkDenoiser(modules[components.denoiser_name].to(device), path_of(components.scheduler()), device)
+    network = cast(Network, modules[components.denoiser_name].to(device))
+    denoiser = NetworkDenoiser(network, path_of(components.scheduler()), device)
     if text_encoders is not None:
         text_encoders.to(device)
     return AdaptedNetwork(denoiser=denoiser, modules=modules, text_encoders=text_encoders)
@@ -112,8 +115,8 @@ def _check_text(text_encoders: TextEncoders, batch: Batch) -> None:
     """The prompts must still give what the denoiser was told when the images were made, in shape at least."""
     with torch.no_grad():
         encoded = text_encoders(batch.prompts, batch.conditioning)
-    for name, tensor in encoded.items():
-        cached = batch.conditioning[name]
+    for name, tensor in encoded.rows.items():
+        cached = batch.conditioning.rows[name]
         if tensor.shape[1:] != cached.shape[1:]:
             raise MituneError(
                 f"The prompts give {name} of shape {tuple(tensor.shape[1:])}, but the set holds "

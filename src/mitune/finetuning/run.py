@@ -18,10 +18,12 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, is_initialized
 
 from mitune.config.schema import FinetuneConfig, ModelConfig
+from mitune.denoiser.network import components_of
 from mitune.denoiser.opening.adapter_file import PEFT_CONFIG, PEFT_WEIGHTS, WEIGHTS_FILE, adapter_checksum
 from mitune.denoiser.opening.components import Components
 from mitune.denoiser.opening.identity import model_identity, model_parts, settings_that_matter
 from mitune.denoiser.opening.models import device_of, parts_of
+from mitune.denoiser.pipeline import Pipeline
 from mitune.errors import MituneError
 from mitune.finetuning.adapter import check_rank, save_adapter, trainable
 from mitune.finetuning.card import write_card
@@ -116,14 +118,14 @@ def _train(
     return trainer.state
 
 
-def check_trainable(model: ModelConfig, config: FinetuneConfig, pipe: Any) -> None:
+def check_trainable(model: ModelConfig, config: FinetuneConfig, pipe: Pipeline) -> None:
     """Raises MituneError if `finetune` would refuse this model, opened as `pipe`, or the settings."""
     _device(model, config)
     OBJECTIVES.resolve(config.objective)
     components = Components.of(model)
     text_encoders = components.text_encoder_names if config.text_encoder else []
     for name in (components.denoiser_name, *text_encoders):
-        check_rank(getattr(pipe, name), config.rank)
+        check_rank(components_of(pipe)[name], config.rank)
 
 
 def _device(model: ModelConfig, config: FinetuneConfig) -> torch.device:

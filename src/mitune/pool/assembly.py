@@ -1,7 +1,8 @@
 """From the records of a pool to its table, the pictures of its extremes, and its fine-tuning sets.
 
-A set is an imagefolder with metadata, latents and text embeddings. It is made beside its place and renamed, and sealed
-(`seals.py`), as the table and the pictures are; whatever is missing or damaged is made again from the records.
+A set is an imagefolder with metadata, latents and text embeddings. It is written whole, beside its place, and renamed,
+by whoever finds all records there and has the folder's lock; and it is sealed (`seals.py`), as the table and the
+pictures are. Whatever is missing or damaged is made again from the records.
 """
 
 from __future__ import annotations
@@ -16,16 +17,17 @@ from typing import Any
 
 import pyarrow as pa
 import torch
+from torch import Tensor
 
-from mitune.denoiser.conditioning import stack
+from mitune.denoiser.conditioning import Passes, stack_passes
 from mitune.denoiser.opening.models import Model, nothing_but_nan
 from mitune.denoiser.pictures import decode
 from mitune.errors import MituneError
+from mitune.pool.record import SHOWN_PROMPTS
+from mitune.run.records import Record, Records
 from mitune.run.seals import SEAL, is_whole, read_seal, write_seal
 from mitune.run.store import (
     UNFINISHED,
-    Record,
-    Records,
     unfinished,
     unfinished_folder,
     write_bytes,
@@ -36,7 +38,6 @@ from mitune.run.store import (
 )
 
 log = logging.getLogger(__name__)
-SHOWN_PROMPTS = 12  # the first so many, whose extreme candidates' pictures are kept for the report
 TABLE = "candidates.parquet"
 POOL, SET = "pool", "fine-tuning set"  # what seals say was made
 
@@ -75,9 +76,11 @@ class Assembly:
 
         Raises MituneError if a selection keeps nothing, or if there is nothing to keep.
         """
+        if not records.numbers().issuperset(range(count)):
+            return None
         tables = [rows for rows, _ in records.read_up_to(count)]  # one record's tensors in memory at a time
         if len(tables) < count:
-            return None
+            return None  # one is damaged
         table, checksum = pa.concat_tables(tables), records.checksum(count)
         if "ok" not in table["status"].to_pylist():
             raise nothing_but_nan(self.model, f"Every candidate of {count} prompts")
@@ -115,7 +118,7 @@ def _sealed(folder: Path, made: str) -> dict[str, Any]:
 
 def _write_set(model: Model, records: Iterable[Record], slug: str, target: Path, facts: Mapping[str, Any]) -> None:
     """Writes what one selection keeps in the place of an earlier set; `facts` go into the seal."""
-    rows, latents, conditioning, empty = [], [], [], []
+    rows, latents, passes, empty = [], [], [], []
     for table, tensors in records:
         position = {j: at for at, j in enumerate(tensors["candidates"].tolist())}
         found = table.select(["prompt_index", "prompt", "candidate", "seed", f"kept.{slug}"]).to_pylist()
@@ -126,7 +129,7 @@ def _write_set(model: Model, records: Iterable[Record], slug: str, target: Path,
             name = f"{row['prompt_index']:05d}-{row['candidate']:03d}.png"
             rows.append({"file_name": name, **row, "selection": slug})
             latents.append(tensors["latents"][position[row["candidate"]]])
-            conditioning.append({k: v for k, v in tensors.items() if k.startswith("conditioning.")})
+            passes.append(_passes(tensors))
     if not rows:
         raise MituneError(f"The selection {slug!r} keeps no candidate at all; lower its threshold, or take another.")
     if empty:
@@ -136,10 +139,7 @@ def _write_set(model: Model, records: Iterable[Record], slug: str, target: Path,
         for row, image in zip(rows, decode(model, stacked), strict=True):
             write_image(folder / row["file_name"], image)
         write_tensors(folder / "latents.safetensors", {"latents": stacked})
-        write_tensors(
-            folder / "conditioning.safetensors",
-            {name.removeprefix("conditioning."): tensor for name, tensor in stack(conditioning).items()},
-        )
+        write_tensors(folder / "conditioning.safetensors", stack_passes(passes).to_tensors())
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
         write_bytes(folder / "metadata.jsonl", "".join(lines).encode())
         write_seal(folder, [path.name for path in folder.iterdir()], **facts)
@@ -147,6 +147,18 @@ def _write_set(model: Model, records: Iterable[Record], slug: str, target: Path,
             target.replace(unfinished(target))
         folder.replace(target)
     _sweep_beside(target)
+
+
+def _passes(tensors: Mapping[str, Tensor]) -> Passes:
+    """What the denoiser was told of a record's prompt."""
+    start = "conditioning."
+    try:
+        return Passes.from_tensors({k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)})
+    except ValueError as error:
+        raise MituneError(
+            "The pool was made by another version of mitune, which kept its conditioning in another way; make it anew "
+            "in another folder."
+        ) from error
 
 
 def _sweep_beside(target: Path) -> None:

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from mitune.denoiser.network import denoiser_of, execution_device, network_output
+from mitune.denoiser.conditioning import Conditioning
+from mitune.denoiser.epsilon import Denoiser
 from mitune.denoiser.opening.models import Model
-from mitune.denoiser.path import NoisePath, path_of
-from mitune.denoiser.sampling import condition
-from mitune.information import alpha_sigma, epsilon_and_sample
+from mitune.denoiser.replay import condition
+from mitune.information import alpha_sigma
 from mitune.information.contrast import ALL, ASKED, LOG_SNR_RANGE, SIGNS, Band, Evidence
 from mitune.prompts.rivals import NEGATIVES, Rivals, read_whole
 
@@ -37,8 +37,9 @@ def gather(
     """
     texts = [prompt, *(text for kind in rivals for text in rivals[kind])]
     kinds = (ASKED, *(kind for kind in rivals for _ in rivals[kind]))
-    path, device = path_of(model.pipe.scheduler), execution_device(model.pipe)
-    conditioning = {name: value.to(device) for name, value in condition(model, texts, batch_size).items()}
+    denoiser = model.denoiser
+    device = denoiser.device
+    conditioning = condition(model, texts, batch_size).to(device)
     step = (LOG_SNR_RANGE[1] - LOG_SNR_RANGE[0]) / draws
     log_snr = LOG_SNR_RANGE[0] + step * (torch.arange(draws) + 0.5)
     noises = torch.randn(draws, *latents.shape[1:], generator=torch.Generator().manual_seed(seed))
@@ -47,9 +48,7 @@ def gather(
     rows = []
     for images in torch.split(latents, max(1, batch_size // len(texts))):
         levels = [
-            _squared_norms(
-                denoiser_of(model.pipe), images.to(device), conditioning, noise.to(device), level, path, batch_size
-            )
+            _squared_norms(denoiser, images.to(device), conditioning, noise.to(device), level, batch_size)
             for level, noise in zip(log_snr, noises, strict=True)
         ]
         rows.append(torch.stack(levels, dim=-1).cpu())
@@ -60,32 +59,20 @@ def gather(
 
 
 def _squared_norms(
-    denoiser: torch.nn.Module,
-    latents: Tensor,
-    conditioning: dict[str, Tensor],
-    noise: Tensor,
-    log_snr: Tensor,
-    path: NoisePath,
-    batch_size: int,
+    denoiser: Denoiser, latents: Tensor, conditioning: Conditioning, noise: Tensor, log_snr: Tensor, batch_size: int
 ) -> Tensor:
     """‖ε̂_p − ε‖² and ‖ε̂_asked − ε̂_p‖² of n images under P prompts, means over ε and −ε, (2, n, P)."""
-    alpha, sigma = (x.to(latents.device) for x in alpha_sigma(log_snr, is_flow=path.is_flow))
-    timestep = path.timestep(log_snr).to(latents.device)
-    prompts = len(next(iter(conditioning.values())))
-    image, text = (
-        index.flatten().to(latents.device)
-        for index in torch.meshgrid(torch.arange(len(latents)), torch.arange(prompts), indexing="ij")
-    )
+    alpha, sigma = (x.to(latents.device) for x in alpha_sigma(log_snr, is_flow=denoiser.path.is_flow))
+    prompts = len(conditioning)
+    image = torch.arange(len(latents)).repeat_interleave(prompts)
+    text = torch.arange(prompts).repeat(len(latents))
     norms = []
     for sign in SIGNS:
-        noisy = (alpha * latents + sigma * sign * noise)[image]
-        epsilons = []
-        for rows in torch.split(torch.arange(len(noisy)), batch_size):
-            inputs = {name: value[text[rows]] for name, value in conditioning.items()}
-            output = network_output(denoiser, noisy[rows], inputs, timestep.expand(len(rows)))
-            epsilons.append(
-                epsilon_and_sample(output, noisy[rows], alpha, sigma, path.predicts, is_flow=path.is_flow)[0]
-            )
+        noisy = (alpha * latents + sigma * sign * noise)[image.to(latents.device)]
+        epsilons = [
+            denoiser.epsilon(noisy[rows], log_snr, conditioning.take(text[rows]))
+            for rows in torch.split(torch.arange(len(noisy)), batch_size)
+        ]
         epsilon = torch.cat(epsilons).reshape(len(latents), prompts, -1)
         errors = (epsilon - sign * noise.flatten()).square().sum(dim=2)
         distances = (epsilon - epsilon[:, :1]).square().sum(dim=2)

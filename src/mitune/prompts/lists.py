@@ -5,12 +5,11 @@ from __future__ import annotations
 import logging
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from mitune.denoiser.opening.models import Model
-from mitune.denoiser.reading import cut_texts
+from mitune.denoiser.reading import cut_texts, refuse_cut
 from mitune.errors import MituneError
 from mitune.files.texts import Faults
 from mitune.prompts.files import Row, read_rows
@@ -56,16 +55,6 @@ def check_prompts(texts: Iterable[str], model: Model | None = None, source: str 
     """Prompts that stand in no file, by the same rules: without repeats, and refused with their numbers."""
     rows = [Row(number, text) for number, text in enumerate(texts, start=1)]
     return [row.text for row in _checked(rows, Faults(source, " "), model)]
-
-
-def refuse_cut(pipe: Any, texts: Sequence[str], call: Mapping[str, Any], source: str = "prompt") -> None:
-    """Raises MituneError for texts that the pipeline's call would cut, with their numbers."""
-    faults = Faults(source, " ")
-    cut = cut_texts(pipe, texts, call)
-    for number, text in enumerate(texts, start=1):
-        if text in cut:
-            faults.add(number, str(cut[text]))
-    faults.refuse()
 
 
 def _checked(rows: Sequence[Row], faults: Faults, model: Model | None) -> list[Row]:

@@ -1,9 +1,8 @@
-"""The run directory: records that are written whole or not at all, and checked when they are read."""
+"""Files of a run: written whole or not at all, set aside where they are damaged, in folders tied to their settings."""
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import io
 import json
 import logging
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor
 
 from mitune.errors import MituneError
@@ -88,21 +87,36 @@ def write_bytes(path: Path, content: bytes) -> None:
             partial.unlink(missing_ok=True)
 
 
-def write_json(path: Path, content: object) -> None:
+def json_bytes(content: object) -> bytes:
     """JSON of `content`, readable, in UTF-8."""
-    write_bytes(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def tensor_bytes(tensors: Mapping[str, Tensor]) -> bytes:
     """A safetensors file."""
-    write_bytes(path, save({name: tensor.contiguous() for name, tensor in tensors.items()}))
+    return save({name: tensor.contiguous() for name, tensor in tensors.items()})
 
 
-def write_table(path: Path, table: pa.Table) -> None:
+def table_bytes(table: pa.Table) -> bytes:
     """A Parquet file."""
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink)
-    write_bytes(path, sink.getvalue().to_pybytes())
+    return bytes(sink.getvalue().to_pybytes())
+
+
+def write_json(path: Path, content: object) -> None:
+    """Writes `json_bytes`."""
+    write_bytes(path, json_bytes(content))
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes `tensor_bytes`."""
+    write_bytes(path, tensor_bytes(tensors))
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    """Writes `table_bytes`."""
+    write_bytes(path, table_bytes(table))
 
 
 def write_image(path: Path, image: Image.Image) -> None:
@@ -117,61 +131,6 @@ def write_figure(path: Path, figure: Figure, *, dpi: int) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi)
     write_bytes(path, buffer.getvalue())
-
-
-Record = tuple[pa.Table, dict[str, Tensor]]
-
-
-class Records:
-    """Numbered records of a table and tensors each, in one folder, each sealed by the checksums of its two files."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def _files(self, index: int) -> tuple[Path, Path, Path]:
-        stem = self.folder / f"{index:05d}"
-        return stem.with_suffix(".parquet"), stem.with_suffix(".safetensors"), stem.with_suffix(".json")
-
-    def write(self, index: int, table: pa.Table, tensors: Mapping[str, Tensor]) -> None:
-        """The seal comes last: a record without it does not exist."""
-        table_file, tensor_file, seal = self._files(index)
-        write_table(table_file, table)
-        write_tensors(tensor_file, tensors)
-        write_json(seal, {file.name: _checksum(file.read_bytes()) for file in (table_file, tensor_file)})
-
-    def checksum(self, records: int) -> str:
-        """Of what the first so many records hold, by their seals."""
-        return _checksum(b"".join(self._files(index)[2].read_bytes() for index in range(records)))
-
-    def read(self, index: int) -> Record | None:
-        """The record, or None if it was never finished. A damaged one is set aside, with a warning, and gone."""
-        table_file, tensor_file, seal = self._files(index)
-        if not seal.exists():
-            return None
-        try:
-            sums = json.loads(seal.read_text(encoding="utf-8"))
-            contents = [file.read_bytes() for file in (table_file, tensor_file)]
-            sealed = [sums[file.name] for file in (table_file, tensor_file)]
-            if [_checksum(content) for content in contents] != sealed:
-                raise ValueError("checksum")
-            return pq.read_table(pa.BufferReader(contents[0])), load(contents[1])
-        except DAMAGED:
-            log.warning("Record %05d in %s is damaged.", index, self.folder)
-            for file in (seal, table_file, tensor_file):
-                set_aside(file)
-            return None
-
-    def read_up_to(self, count: int) -> Iterator[Record]:
-        """The first `count` records, in order, up to the first that is missing."""
-        for index in range(count):
-            record = self.read(index)
-            if record is None:
-                return
-            yield record
-
-
-def _checksum(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
 
 
 def set_aside(path: Path) -> None:

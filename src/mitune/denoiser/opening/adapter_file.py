@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from mitune.denoiser.network import denoiser_of
+from mitune.denoiser.pipeline import Pipeline
 from mitune.errors import ModelError, first_line
 from mitune.run.sealed import unpack
 
@@ -107,7 +107,7 @@ def adapter_checksum(adapter: Path | None) -> str:
         raise ModelError(f"Cannot read the adapter {file} ({error.strerror}); make it readable.") from error
 
 
-def load_adapter(pipe: DiffusionPipeline, adapter: Path) -> None:
+def load_adapter(pipe: Pipeline, adapter: Path) -> None:
     """Loads an adapter, a folder or a .safetensors file, the ordinary way, and fails unless all of it has come in.
 
     That is `load_lora_weights`, or PEFT's own for pipelines that have no such method (PixArt, HunyuanDiT). Raises
@@ -132,7 +132,7 @@ def load_adapter(pipe: DiffusionPipeline, adapter: Path) -> None:
         log.warning("%s: %d of %d layers are none of this model's and have no effect.", file, layers - came_in, layers)
 
 
-def _misfit(file: Path, pipe: Any, reason: str) -> str:
+def _misfit(file: Path, pipe: Pipeline, reason: str) -> str:
     return (
         f"The adapter {file} does not fit this model, a {type(pipe).__name__} ({reason}); it was trained for another "
         "one, so name that with --model, or another adapter."
@@ -149,13 +149,13 @@ def _load_with_peft(denoiser: Any, folder: Path) -> None:
         PeftModel.from_pretrained(denoiser, str(folder))  # in place: the pipeline goes on with the same module
 
 
-def _adapted(pipe: Any) -> int:
+def _adapted(pipe: Pipeline) -> int:
     """How many layers of a pipeline have an adapter, each as often as it has one."""
     layers = [layer for part in adapted_parts(pipe).values() for layer in part.modules()]
     return sum(len(layer.lora_A) for layer in layers if isinstance(layer, LoraLayer))
 
 
-def adapted_parts(pipe: Any) -> dict[str, nn.Module]:
+def adapted_parts(pipe: Pipeline) -> dict[str, nn.Module]:
     """The components of a pipeline that have an adapter in them."""
     modules = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
     return {
@@ -169,7 +169,7 @@ def _layers(tensors: Mapping[str, Tensor]) -> int:
     return len({name.split(down)[0] for name in tensors for down, _ in _FACTORS if down in name})
 
 
-def _is_ours(tensors: Mapping[str, Tensor], pipe: Any) -> bool:
+def _is_ours(tensors: Mapping[str, Tensor], pipe: Pipeline) -> bool:
     """Whether the names are diffusers' own, which begin with a component; others' may be split, joined or left out."""
     return all(name.split(".")[0] in pipe.components for name in tensors)
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from mitune.denoiser.network import denoiser_of
+from mitune.denoiser.pipeline import Pipeline
 from mitune.errors import MituneError, ModelError, first_line, raised_in
 
 # What mitune itself calls a pipeline with, or with another number of pictures than it counts on.
@@ -50,7 +51,7 @@ def require_prompts(pipeline_class: type[Any], call: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def calling(pipe: Any, call: Mapping[str, Any]) -> Iterator[None]:
+def calling(pipe: Pipeline, call: Mapping[str, Any]) -> Iterator[None]:
     """Turns what a pipeline raises for the arguments of its call into one ModelError; mitune's own faults stay."""
     try:
         yield
@@ -67,7 +68,7 @@ def calling(pipe: Any, call: Mapping[str, Any]) -> Iterator[None]:
         ) from error
 
 
-def _remedy(pipe: Any, call: Mapping[str, Any]) -> str:
+def _remedy(pipe: Pipeline, call: Mapping[str, Any]) -> str:
     grid = size_grid(pipe)
     off = {name: size for name in ("height", "width") if isinstance(size := call.get(name), int) and size % grid}
     if not off:
@@ -76,9 +77,9 @@ def _remedy(pipe: Any, call: Mapping[str, Any]) -> str:
     return f"height and width must be multiples of {grid}, e.g. {fits}: set them in model.call, or cut the picture"
 
 
-def size_grid(pipe: Any) -> int:
+def size_grid(pipe: Pipeline) -> int:
     """Pixels that height and width must be multiples of: a cell of the VAE, times the denoiser's patches of these."""
-    denoiser: Any = denoiser_of(pipe)
+    denoiser = denoiser_of(pipe)
     patch = denoiser.config.get("patch_size") or denoiser.config.get("all_patch_size") or 1
     across = patch if isinstance(patch, int) else patch[-1]
     packed = 2 if hasattr(pipe, "_pack_latents") else 1  # by the pipeline, before the denoiser sees them

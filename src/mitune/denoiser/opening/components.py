@@ -18,6 +18,7 @@ from mitune.denoiser.opening.layout import check_files, read_index
 from mitune.denoiser.opening.loading import opening
 from mitune.denoiser.opening.models import open_pipeline, open_single_denoiser, parts_of
 from mitune.denoiser.opening.schedulers import scheduler_for
+from mitune.denoiser.pipeline import Pipeline, Scheduler
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +74,7 @@ class Components:
         module: nn.Module = found
         return module
 
-    def scheduler(self) -> Any:
+    def scheduler(self) -> Scheduler:
         """The scheduler that the pipeline is used with."""
         _, name = self.index["scheduler"]
         with opening(self.config):
@@ -82,7 +83,7 @@ class Components:
             )
         return scheduler_for(self.config, shipped)
 
-    def text_pipeline(self) -> Any:
+    def text_pipeline(self) -> Pipeline:
         """The pipeline with its tokenizers and text encoders only, on the CPU: enough for `encode_prompt`."""
         kept = ("text_encoder", "tokenizer", "scheduler")
         without = [name for name, part in self.index.items() if isinstance(part, list) and not name.startswith(kept)]

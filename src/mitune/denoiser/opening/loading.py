@@ -17,6 +17,7 @@ from diffusers import ModelMixin
 from transformers import PreTrainedModel
 
 from mitune.config.schema import ModelConfig
+from mitune.denoiser.pipeline import Pipeline
 from mitune.denoiser.quiet import quiet_libraries
 from mitune.errors import MituneError, ModelError, first_line
 from mitune.run.versions import check_versions
@@ -88,7 +89,7 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:SHOWN]) + more
 
 
-def check_complete(pipe: Any) -> None:
+def check_complete(pipe: Pipeline) -> None:
     """Raises ModelError for a part with weights that were in no file, as a single file may lack some."""
     for part, module in pipe.components.items():
         if isinstance(module, torch.nn.Module):

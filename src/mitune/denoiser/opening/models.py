@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import diffusers
 import torch
@@ -15,7 +15,8 @@ from diffusers.loaders.single_file_utils import SingleFileComponentError
 from safetensors import SafetensorError, safe_open
 
 from mitune.config.schema import ModelConfig
-from mitune.denoiser.network import compile_denoiser, denoiser_of
+from mitune.denoiser.epsilon import NetworkDenoiser
+from mitune.denoiser.network import compile_denoiser, denoiser_of, without_progress_bar
 from mitune.denoiser.opening.adapter_file import adapter_checksum as adapter_checksum
 from mitune.denoiser.opening.adapter_file import load_adapter as load_adapter
 from mitune.denoiser.opening.calls import check_call, require_prompts
@@ -23,6 +24,7 @@ from mitune.denoiser.opening.hub import Source, source_of
 from mitune.denoiser.opening.layout import check_files, read_index
 from mitune.denoiser.opening.loading import check_complete, opening
 from mitune.denoiser.opening.schedulers import scheduler_for
+from mitune.denoiser.pipeline import Pipeline
 from mitune.errors import ModelError, first_line
 from mitune.worlds.base import embedded_model
 
@@ -31,9 +33,14 @@ from mitune.worlds.base import embedded_model
 class Model:
     """A loaded pipeline and the arguments that every call of it gets."""
 
-    pipe: DiffusionPipeline
+    pipe: Pipeline
     call: dict[str, Any]
     name: str
+
+    @property
+    def denoiser(self) -> NetworkDenoiser:
+        """The pipeline's network, which gives ε̂."""
+        return NetworkDenoiser.of(self.pipe)
 
     @property
     def steps(self) -> int:
@@ -80,7 +87,7 @@ def call_arguments(config: ModelConfig, pipeline_class: type[Any] = DiffusionPip
     return call | config.call
 
 
-def prompted(pipe: Any, prompts: Sequence[str], call: Mapping[str, Any]) -> dict[str, Any]:
+def prompted(pipe: Pipeline, prompts: Sequence[str], call: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of a call for these prompts: `call`, with its negative prompt for each of them.
 
     Pipelines with true guidance make no second pass without a negative prompt; they get a blank. Raises ModelError for
@@ -135,7 +142,7 @@ def load_model(config: ModelConfig, *, adapter: Path | None = None) -> Model:
         load_adapter(pipe, adapter)
     if config.compile:
         compile_denoiser(denoiser_of(pipe), device)
-    pipe.set_progress_bar_config(disable=True)
+    without_progress_bar(pipe)
     if config.offload == "none":
         pipe.to(device)
     elif config.offload == "model":
@@ -145,7 +152,9 @@ def load_model(config: ModelConfig, *, adapter: Path | None = None) -> Model:
     return Model(pipe, call, config.name)
 
 
-def open_pipeline(config: ModelConfig, source: Source, index: Mapping[str, Any], without: Sequence[str] = ()) -> Any:
+def open_pipeline(
+    config: ModelConfig, source: Source, index: Mapping[str, Any], without: Sequence[str] = ()
+) -> Pipeline:
     """The pipeline on the CPU, without the parts that its list says it lacks (SD3 without T5), and those named here."""
     dtype = getattr(torch, config.dtype)
     absent = {name: None for name, part in index.items() if part == [None, None]} | dict.fromkeys(without)
@@ -153,7 +162,7 @@ def open_pipeline(config: ModelConfig, source: Source, index: Mapping[str, Any],
     if not config.is_single_file:
         check_files(source, index, config.variant, without)
         with opening(config):
-            return DiffusionPipeline.from_pretrained(source.place, **options, **absent)
+            return cast(Pipeline, DiffusionPipeline.from_pretrained(source.place, **options, **absent))
     kind = getattr(diffusers, index["_class_name"])
     with opening(config):
         try:
@@ -163,13 +172,13 @@ def open_pipeline(config: ModelConfig, source: Source, index: Mapping[str, Any],
                     config.name, config=source.place, torch_dtype=dtype, **source.arguments, **absent
                 )
                 check_complete(pipe)
-                return pipe
+                return cast(Pipeline, pipe)
         except SingleFileComponentError:  # not all parts are in the file: the base has the others
             pass
         name = "unet" if "unet" in index else "transformer"
         given = absent if name in absent else {name: open_single_denoiser(config, source, index, name), **absent}
         check_files(source, index, config.variant, given)
-        return DiffusionPipeline.from_pretrained(source.place, **options, **given)
+        return cast(Pipeline, DiffusionPipeline.from_pretrained(source.place, **options, **given))
 
 
 def _check_single_file(config: ModelConfig) -> None:

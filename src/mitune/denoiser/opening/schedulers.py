@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from mitune.config.schema import ModelConfig
 from mitune.denoiser.path import path_of
+from mitune.denoiser.pipeline import Scheduler
 from mitune.errors import ModelError, first_line
 
 _VELOCITY = {"prediction_type": "v_prediction"}
@@ -30,7 +31,7 @@ _HEADER: Mapping[tuple[str, str], Mapping[str, Any]] = {
 _UNKNOWN = "edm_vpred.sigma_max"
 
 
-def scheduler_for(config: ModelConfig, shipped: Any) -> Any:
+def scheduler_for(config: ModelConfig, shipped: Scheduler) -> Scheduler:
     """The scheduler that a model is to be used with, in place of the one that it was `shipped` with.
 
     `model.scheduler` goes before what a single file says of itself, and that before the pipeline's configuration.
@@ -57,7 +58,7 @@ def scheduler_for(config: ModelConfig, shipped: Any) -> Any:
     if kind is type(shipped) and all(shipped.config.get(name) == value for name, value in given.items()):
         return shipped
     try:
-        scheduler = kind.from_config(shipped.config, **given)
+        scheduler: Scheduler = kind.from_config(shipped.config, **given)
         if not scheduler.config.get("use_dynamic_shifting"):
             kind.from_config(scheduler.config).set_timesteps(10)  # says whether the values are ones that it knows
     except (ValueError, TypeError, ImportError, NotImplementedError) as error:

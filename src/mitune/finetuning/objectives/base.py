@@ -10,12 +10,13 @@ and u, so that one file holds each:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from torch import Tensor
 
+from mitune.denoiser.conditioning import Conditioning
 from mitune.denoiser.path import NoisePath
 from mitune.errors import MituneError
 from mitune.resolver import Row, Table
@@ -30,7 +31,7 @@ class Batch:
     timesteps: Tensor  # (B,) t, float32
     path: NoisePath  # α, σ and what the network predicts
     prompts: Sequence[str]  # B texts, which text encoders that are trained read
-    conditioning: Mapping[str, Tensor]  # (B, ...) each: what the denoiser is told of the prompts
+    conditioning: Conditioning  # of the B: what the denoiser is told of the prompts
     weights: Tensor  # (B,) of the images, with mean one over the set
     advantages: Tensor  # (B,) over other images of the prompt, of either sign; one in a set that is not ranked
     worse: Tensor  # (B, C, H, W) latents of an image of the same prompt with less advantage; its own where none has

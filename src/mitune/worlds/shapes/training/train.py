@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTokenizer
 
+from mitune.denoiser.network import components_of, save_pipeline, without_progress_bar
 from mitune.finetuning.checkpoint import TrainingState
 from mitune.worlds.shapes.grammar import CATEGORIES, Form, Prompt, forms
 from mitune.worlds.shapes.judge import judge
@@ -66,10 +67,11 @@ class Trainee(nn.Module):
     def __init__(self, pipe: StableDiffusionPipeline | StableDiffusion3Pipeline, config: DenoiserConfig) -> None:
         super().__init__()
         self.is_flow = isinstance(pipe, StableDiffusion3Pipeline)
-        self.denoiser = pipe.transformer if self.is_flow else pipe.unet
-        self.encoders = nn.ModuleList([pipe.text_encoder, *([pipe.text_encoder_2] if self.is_flow else [])])
+        parts = components_of(pipe)
+        self.denoiser = parts["transformer" if self.is_flow else "unet"]
+        self.encoders = nn.ModuleList([parts["text_encoder"], *([parts["text_encoder_2"]] if self.is_flow else [])])
         self.config = config
-        self.alphas_cumprod: Tensor | None = None if self.is_flow else pipe.scheduler.alphas_cumprod
+        self.alphas_cumprod: Tensor | None = None if self.is_flow else parts["scheduler"].alphas_cumprod
 
     def _noise_level(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Timesteps (B,), α and σ (B, 1, 1, 1)."""
@@ -133,7 +135,8 @@ def train_denoiser(
     pipe = new_pipeline(name, vae, CLIPTokenizer.from_pretrained(folder / "tokenizer"), config.seed)
     world = load_file(folder / "world.safetensors")
     prompts = (folder / "world.txt").read_text(encoding="utf-8").splitlines()
-    encode = partial(pipe.tokenizer, padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
+    tokenizer = components_of(pipe)["tokenizer"]
+    encode = partial(tokenizer, padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
     tokens, empty = encode(prompts).input_ids, encode("").input_ids
     captions = miscaptioned(prompts) if config.wrong_captions else []
     wrong_tokens = [encode(wrong).input_ids for wrong in captions]
@@ -199,7 +202,7 @@ def _accuracy(
     by_category = {c: [p for f in forms() if f.category == c for p in rng.sample(f.prompts, count)] for c in CATEGORIES}
     prompts = [str(p) for group in by_category.values() for p in group[:count]]
     extra = {"max_sequence_length": 1} if isinstance(pipe, StableDiffusion3Pipeline) else {}
-    pipe.set_progress_bar_config(disable=True)
+    without_progress_bar(pipe)
     images = pipe(
         prompts,
         num_inference_steps=20,
@@ -233,8 +236,8 @@ def export(folder: Path, name: str, target: Path) -> None:
     _set(parameters, {key: state[f"average/{key}"] for key in parameters})
     vae.register_to_config(_name_or_path="")  # the work folder is nobody's business
     trainee.denoiser.half()
-    pipe.vae.half()
-    pipe.save_pretrained(target)
+    vae.half()
+    save_pipeline(pipe, target)
     settings = {
         "denoiser": [asdict(phase) for phase in PHASES[name]],
         "autoencoder": asdict(AutoencoderConfig()),

@@ -1,0 +1,1 @@
+"""Where the records of a run lie: one file each. `--store` names one."""
