@@ -16,12 +16,13 @@ from mitune.config.schema import Config, ModelConfig, PoolConfig
 from mitune.denoiser.opening.identity import settings_that_matter
 from mitune.denoiser.opening.models import Model
 from mitune.errors import MituneError
+from mitune.methods.mi_tune import _pools
 from mitune.pool.build import build_pool
 from mitune.pool.evidence import gather
 from mitune.pool.scores import CONTRAST, FITS, Candidates, score_named, scores_of
 from mitune.pool.selection import parse_rule
 from mitune.prompts.rivals import NEGATIVES, WORDS, rivals_of
-from mitune.tuning import _pools, tune
+from mitune.tuning import tune
 from mitune.worlds.shapes.grammar import parse
 from mitune.worlds.shapes.scene import render, sample_scene
 from tests.tiny import SD3_CALL, tiny_sd, tiny_sd3

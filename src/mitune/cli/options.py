@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -9,6 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
+import click
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
@@ -145,6 +147,22 @@ def store_for(name: str) -> Callable[[Path], Store]:
     with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         STORES.resolve(name, Path(folder))
     return partial(STORES.resolve, name)
+
+
+def made_by() -> str:
+    """The command that runs now, with every option that has a value: what "Made by" lines say."""
+    context = click.get_current_context()
+    words = ["mitune", *context.command_path.split()[1:]]
+    for parameter in context.command.params:
+        value = context.params.get(parameter.name or "")
+        values = value if isinstance(value, (list, tuple)) else [value]
+        for each in values:
+            if each is None or each is False:
+                continue
+            if isinstance(parameter, click.Option):
+                words.append(max(parameter.opts, key=len))
+            words += [] if each is True else [f"{each:g}" if isinstance(each, float) else str(each)]
+    return shlex.join(words)
 
 
 def say(what: str, path: Path) -> None:
