@@ -38,7 +38,6 @@ from mitune.run.work import Stages, Step, silent
 from mitune.tuning import tune
 
 
-
 def run_study(
     configs: Sequence[Config],
     folder: Path,

@@ -50,6 +50,7 @@ def _models(
 @app.command(name="mi")
 @resumable
 def bench_mi(
+    context: typer.Context,
     tasks: Annotated[str, Option(help="Names with commas between them, or all: the 40 of the benchmark.")] = "all",
     estimators: Annotated[str, Option(help="Names with commas between them, e.g. RFMI,KSG.")] = "RFMI,Gaussian-copula",
     n: Annotated[str, Option("--n", help="Sample sizes.")] = "1000,5000,10000",
@@ -82,7 +83,7 @@ def bench_mi(
         )
     picture = output.with_suffix(".png")
     write_bytes(picture, figure(found, names[:3]))
-    text = page("mi", command=made_by(), picture=picture.name, tables=markdown(found))
+    text = page("mi", command=made_by(context), picture=picture.name, tables=markdown(found))
     write_bytes(output, text.encode())
     say("Table", output)
 
@@ -90,6 +91,7 @@ def bench_mi(
 @app.command(name="knows")
 @resumable
 def bench_knows(
+    context: typer.Context,
     model: Annotated[
         list[str] | None, Option("--model", "-m", help="Hub id, diffusers folder, or an embedded model. Repeatable.")
     ] = None,
@@ -152,12 +154,13 @@ def bench_knows(
         table += "\n" + prediction(found, [pq.read_table(file) for file in gains])
     typer.echo(table)
     if output is not None:
-        write_bytes(output, page("knows", command=made_by(), table=table).encode())
+        write_bytes(output, page("knows", command=made_by(context), table=table).encode())
 
 
 @app.command(name="select")
 @resumable
 def bench_select(
+    context: typer.Context,
     model: Annotated[
         list[str] | None, Option("--model", "-m", help="An embedded model, or a folder of such a one. Repeatable.")
     ] = None,
@@ -195,7 +198,7 @@ def bench_select(
         table = run_study(models, some_of_each(load_prompts(prompts), per_category), run, config, progress=step)
     result = summarize_study(pq.read_table(table))
     shown = only(result, SHOWN)
-    command = made_by()
+    command = made_by(context)
     promise = "## Does the condition predict the gain?\n\n" + prediction_of(result, "contrast")
     write_bytes(run / "tables.md", f"Made by `{command}`.\n\n{tables_of(result)}".encode())
     write_bytes(run / "summary.md", f"Made by `{command}`.\n\n{tables_of(shown)}\n{promise}".encode())
@@ -207,6 +210,7 @@ def bench_select(
 @app.command(name="tune")
 @resumable
 def bench_tune(
+    context: typer.Context,
     model: Annotated[list[str] | None, Option("--model", "-m", help="An embedded model. Repeatable.")] = None,
     select: Selection = None,
     guidance_scale: Annotated[
@@ -231,13 +235,14 @@ def bench_tune(
     configs = [settings_of("shapes-study", None, assignments, {"model.name": m, "pool.select": select}) for m in names]
     table = run_study(configs, run, seeds=seeds, guidance_scales=guidance_scale or (), stages=stage)
     gains, picked = markdown(pq.read_table(table)), picks(configs, run, seeds=seeds)
-    write_bytes(output, page("tune", command=made_by(), gains=gains, picks=picked).encode())
+    write_bytes(output, page("tune", command=made_by(context), gains=gains, picks=picked).encode())
     say("Tables", output)
 
 
 @app.command(name="race")
 @resumable
 def bench_race(
+    context: typer.Context,
     model: Annotated[
         list[str] | None, Option("--model", "-m", help="An embedded model, or a folder of such a one. Repeatable.")
     ] = None,
@@ -268,13 +273,14 @@ def bench_race(
             config = RaceConfig(candidates=candidates, seed=seed)
             runs = studies[Path(name).name] = run_study(settings, listed, run / Path(name).name, config, step)
         outcomes += [outcome_of(runs, Path(name).name, score, schedule) for score in SHOWN for schedule in SCHEDULES]
-    text = page_of(markdown(outcomes, candidates, steps), budgets(studies), made_by())
+    text = page_of(markdown(outcomes, candidates, steps), budgets(studies), made_by(context))
     write_bytes(output, text.encode())
     say("Tables", output)
 
 
 @app.command(name="truth")
 def bench_truth(
+    context: typer.Context,
     model: Annotated[
         list[str] | None, Option("--model", "-m", help="An embedded model, or a folder of such a one. Repeatable.")
     ] = None,
@@ -304,5 +310,5 @@ def bench_truth(
         figure = output.with_name(f"{output.stem}-{Path(name).name}.png")
         write_bytes(figure, calibration_figure(found))
         sections.append(tables_of(found, figure.name))
-        write_bytes(output, page("truth", command=made_by(), sections="\n".join(sections)).encode())
+        write_bytes(output, page("truth", command=made_by(context), sections="\n".join(sections)).encode())
     say("Tables", output)

@@ -10,7 +10,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
-import click
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
@@ -23,7 +22,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.text import Text
-from typer import Option
+from typer import Context, Option
 
 from mitune.config.presets import PRESETS
 from mitune.config.ranges import ends_of
@@ -149,17 +148,15 @@ def store_for(name: str) -> Callable[[Path], Store]:
     return partial(STORES.resolve, name)
 
 
-def made_by() -> str:
+def made_by(context: Context) -> str:
     """The command that runs now, with every option that has a value: what "Made by" lines say."""
-    context = click.get_current_context()
     words = ["mitune", *context.command_path.split()[1:]]
     for parameter in context.command.params:
         value = context.params.get(parameter.name or "")
-        values = value if isinstance(value, (list, tuple)) else [value]
-        for each in values:
+        for each in value if isinstance(value, (list, tuple)) else [value]:
             if each is None or each is False:
                 continue
-            if isinstance(parameter, click.Option):
+            if parameter.param_type_name == "option":
                 words.append(max(parameter.opts, key=len))
             words += [] if each is True else [f"{each:g}" if isinstance(each, float) else str(each)]
     return shlex.join(words)

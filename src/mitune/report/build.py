@@ -77,8 +77,9 @@ def headline(run: Path) -> str:
         return ""
     difference = shown["difference"]
     return (
-        f"{shown['verdict']}: {shown['metric']} {shown['base']} → {shown['tuned']} with {shown['variant']} "
-        f"(difference {difference['value']} points, 95 % interval {difference['span']}; prompts × images × seeds: {shown['basis']})."
+        f"{shown['verdict']}: {shown['metric']} {shown['base']} → {shown['tuned']} with {shown['variant']} (difference "
+        f"{difference['value']} points, 95 % interval {difference['span']}; prompts × images × seeds: "
+        f"{shown['basis']})."
     )
 
 

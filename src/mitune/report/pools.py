@@ -14,7 +14,7 @@ from mitune.evaluation.ranking import Selection, selection
 from mitune.evaluation.rows import numbers, right
 from mitune.evaluation.statistics import Array
 from mitune.evaluation.tables import number
-from mitune.information.core import SCORES
+from mitune.information import SCORES
 from mitune.pool.scores import POST_HOC
 from mitune.pool.selection import ORACLE, Rule
 from mitune.report import plots

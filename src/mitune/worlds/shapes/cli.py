@@ -32,6 +32,7 @@ def shapes_prompts(
 @app.command(name="check")
 @resumable
 def shapes_check(
+    context: typer.Context,
     model: Annotated[
         str, Option("--model", "-m", help="shapes-sd, shapes-sd3, or a folder of such a model.")
     ] = "shapes-sd",
@@ -53,6 +54,7 @@ def shapes_check(
     from mitune.cli.bench import bench_knows
 
     bench_knows(
+        context,
         model=[model],
         guidance_scale=None if guidance_scale is None else [guidance_scale],
         prompts="shapes:heldout" if category is None else f"shapes:heldout/{category}",
