@@ -150,7 +150,8 @@ def store_for(name: str) -> Callable[[Path], Store]:
 
 def made_by(context: Context) -> str:
     """The command that runs now, with every option that has a value: what "Made by" lines say."""
-    words = ["mitune", *context.command_path.split()[1:]]
+    program = context.find_root().command_path
+    words = ["mitune", *context.command_path.removeprefix(program).split()]
     for parameter in context.command.params:
         value = context.params.get(parameter.name or "")
         for each in value if isinstance(value, (list, tuple)) else [value]:
