@@ -21,19 +21,21 @@ from mitune.bench.select import (
     run_study,
     some_of_each,
 )
-from mitune.bench.select_tables import SHOWN, gap_figure, only, prediction_of, summarize_study, tables_of, tau_figure
+from mitune.bench.select_figures import gap_figure, tau_figure
+from mitune.bench.select_summary import only, summarize_study
+from mitune.bench.select_tables import SHOWN, prediction_of, tables_of
 from mitune.bench.variants import COMBINATIONS, CONTRASTS, FREE
 from mitune.config.schema import ModelConfig
 from mitune.errors import MituneError
-from mitune.evaluation.statistics import bootstrap_ratio
+from mitune.evaluation.statistics import Share, bootstrap_ratio
 from mitune.run.store import write_json
-from mitune.worlds.shapes.check import Share
 from mitune.worlds.shapes.grammar import CATEGORIES, parse
 from mitune.worlds.shapes.judge import judge
 from mitune.worlds.shapes.metric import ShapesMetric
 from mitune.worlds.shapes.negatives import shapes_negatives, wider_negatives
 from mitune.worlds.shapes.prompts import prompt_list, shapes_prompts
 from mitune.worlds.shapes.scene import parts, render, sample_scene
+from tests.test_statistics import cells
 
 PROMPT = "a red circle to the left of a blue square"
 
@@ -135,13 +137,13 @@ def test_figures_of_known_scores():
 def test_tables_and_figures_show_every_score():
     result = summarize_study(pa.Table.from_pylist(study_rows()), resamples=50)
     text = tables_of(result)
-    assert text.index("| truth |") < text.index("| one |") < text.index("| wrong |")
+    assert text.index("| truth ") < text.index("| one ") < text.index("| wrong ")
     some = only(result, ["truth", "one"])
     assert (
         {quality.score for quality in some.qualities} == {each.score for each in some.discernments} == {"truth", "one"}
     )
-    assert "| wrong |" not in tables_of(some) and some.conditions == result.conditions
-    assert "| m, guidance 2 | color | 1.00 | 0.70 | 0.70 | 0.70 |" in prediction_of(result, "truth")
+    assert "| wrong " not in tables_of(some) and some.conditions == result.conditions
+    assert ["m, guidance 2", "color", "1.00", "0.70", "0.70", "0.70"] in cells(prediction_of(result, "truth"))
     for picture in (tau_figure(result), gap_figure(result)):
         assert picture.startswith(b"\x89PNG")
 
@@ -195,8 +197,11 @@ def test_knowledge_with_and_without_a_judge(tmp_path):
     assert judged.rendered.trials == 3 and judged.shows.trials == 4
     assert judged.right.trials + judged.wrong.trials == judged.wins.trials == 4
     assert judged.wins == unjudged.wins
-    assert (unjudged.rendered, unjudged.shows, unjudged.right, unjudged.wrong) == (None,) * 4
-    assert markdown([unjudged]).splitlines()[-1].count("–") == 4
+    assert (unjudged.rendered, unjudged.shows, unjudged.right, unjudged.wrong, unjudged.semantic) == (None,) * 5
+    assert cells(markdown([unjudged]))[-1].count("–") == 5
+    assert judged.semantic.trials == judged.shows.trials - judged.shows.hits
+    assert judged.kinds["color swapped"].trials == 3
+    assert ["color", "shapes-sd", "color swapped"] in [row[:3] for row in cells(markdown([judged]))]
     file = tmp_path / "3" / "knowledge.json"
     write_json(file, [asdict(replace(judged, rendered=Share(hits=7, trials=9)))])
     assert ask(ShapesMetric(), 3).rendered == Share(hits=7, trials=9)  # read, not made again
@@ -216,12 +221,13 @@ def known_of(category, wrong=1):
     half = Share(hits=1, trials=2)
     return Knowledge(
         model="m", category=category, guidance_scale=2.0, rendered=None, shows=half, right=half,
-        wrong=Share(hits=wrong, trials=2), wins=half,
+        wrong=Share(hits=wrong, trials=2), semantic=half, wins=half,
     )  # fmt: skip
 
 
 def test_a_table_of_knowledge():
-    assert markdown([known_of("color")]).splitlines()[-1].startswith("| color | m | 2 | – | 0.500 [")
+    *where, right = cells(markdown([known_of("color")]))[-1][:5]
+    assert where == ["color", "m", "2", "–"] and right.startswith("0.500 [")
 
 
 def test_what_was_promised_is_held_against_what_was_gained():
@@ -240,7 +246,8 @@ def test_what_was_promised_is_held_against_what_was_gained():
     ]  # fmt: skip
     study = pa.Table.from_pylist(rows)
     shown = prediction([known_of("color"), known_of("shape", wrong=2)], [study])
-    assert "| color | m | 2 | 0.250 | 0.500 [" in shown and "| shape | m | 2 | 0.500 | 1.000 [" in shown
+    promised = [(row[3], row[4].lstrip("*")[:6]) for row in cells(shown) if row[0] in ("color", "shape")]
+    assert promised == [("0.250", "+0.500"), ("0.500", "+1.000")]
     assert "`contrast`" in shown and "2 rows: 1.00" in shown
     with pytest.raises(MituneError, match="shares no model"):
         prediction([known_of("numeracy")], [study])

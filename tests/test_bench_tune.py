@@ -11,6 +11,7 @@ import pytest
 from mitune.bench.tune import gains, markdown
 from mitune.cli import app
 from mitune.denoiser.opening.models import adapter_checksum
+from tests.test_statistics import cells
 
 
 def table(**right):
@@ -34,7 +35,8 @@ def table(**right):
 
 def test_gains_are_paired_and_held_against_the_oracle():
     base, score, oracle = gains(table(base=(4, 4), score=(6, 8), oracle=(8, 10)))
-    assert (base.over_base.value, base.response, base.distinct) == (0, 1, 1)
+    assert (base.over_base, base.by_seed, base.response, base.distinct) == (None, (), 1, 1)
+    assert base.over_best is None and math.isnan(base.of_oracle)
     assert score.exact.value == pytest.approx(0.7)
     assert score.over_base.value == pytest.approx(0.3)
     assert score.by_seed == pytest.approx((0.2, 0.4))
@@ -47,7 +49,22 @@ def test_gains_are_paired_and_held_against_the_oracle():
 def test_without_a_clear_gain_of_the_oracle_there_is_no_share_of_it():
     *_, score, oracle = gains(table(base=(5, 5), score=(6, 6), oracle=(5, 5)))
     assert math.isnan(score.of_oracle)
-    assert "–" in markdown(table(base=(5, 5), score=(6, 6), oracle=(5, 5)))
+    rows = cells(markdown(table(base=(5, 5), score=(6, 6), oracle=(5, 5))).split("\n\n")[0])
+    assert [row[7] for row in rows[2:]] == ["–"] * 3
+
+
+def test_there_is_no_share_of_the_gain_for_a_loss():
+    *_, loss, oracle = gains(table(base=(5, 5), score=(3, 4), oracle=(9, 9)))
+    assert math.isnan(loss.of_oracle) and oracle.of_oracle == 1
+
+
+def test_the_base_is_not_held_against_itself():
+    """Its differences are dashes, but for that to the base at its best, where it is another."""
+    weaker = table(base=(4, 4)).to_pylist()
+    better = [row | {"guidance_scale": 4.0} for row in table(base=(8, 8)).to_pylist()]
+    first, second = gains(pa.Table.from_pylist(weaker + better))
+    assert first.over_base is second.over_base is second.over_best is None
+    assert first.over_best.value == pytest.approx(-0.4)
 
 
 def test_command_runs_and_goes_on(tmp_path):
@@ -78,12 +95,14 @@ def test_command_runs_and_goes_on(tmp_path):
     assert shares["self-confidence"] == pytest.approx(np.mean(right[True]))
     assert shares["base"] == pytest.approx(np.mean(right[False] + right[True]))
     written = (tmp_path / "gains.md").read_text(encoding="utf-8")
-    assert "--guidance-scale 1.2" in written
-    assert "| shapes-sd, 2 | self-confidence |" in written
+    assert "Made by `mitune bench tune --model shapes-sd --select self-confidence --select random" in written
+    assert "--guidance-scale 1.2" in written and "--set rounds=2" in written
+    assert ["shapes-sd, 2", "self-confidence"] in [row[:2] for row in cells(written)]
     own = np.array([row["exact"] and not row["malformed"] for row in pool], float).reshape(-1, 2)
     kept = np.array([row["kept.self-confidence"] for row in pool]).reshape(-1, 2)
     closed = ((own * kept).sum() - own.mean(axis=1).sum()) / (own.max(axis=1) - own.mean(axis=1)).sum()
     shown = f"{closed:.2f}".replace("-", "−")
-    assert f"| shapes-sd | self-confidence | {shown} | {shown} [" in written  # its one category, and all
+    (row,) = [row for row in cells(written) if row[:2] == ["shapes-sd", "self-confidence"]]
+    assert row[2] == shown and row[3].startswith(f"{shown} [")  # its one category, and all
     app(command, standalone_mode=False)
     assert (tmp_path / "gains.md").read_text(encoding="utf-8") == written

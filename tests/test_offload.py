@@ -121,3 +121,21 @@ def test_half_precision_that_is_lifted():
         encoded.append(encode_images(model.pipe, list(decode(model, latents)), model.call))
     assert all(np.array_equal(one, pictures[0]) for one in pictures)
     assert all(torch.equal(one, encoded[0]) for one in encoded)
+
+
+def test_a_denoiser_that_was_called_alone_makes_room():
+    """Before a call of the pipeline comes to its text encoders, accelerate has taken the denoiser away again."""
+    model = opened("SD 1.x, 2.x base (epsilon)", "model")
+    pipe, requests = model.pipe, [Request(prompt=PROMPTS[0], seed=0)]
+    latents = generate(model, requests, 1).latents
+
+    def scored():
+        score(pipe, latents, PROMPTS[:1], draws=4, call=model.call)
+
+    for again in (scored, lambda: generate(model, requests, 1)):
+        scored()
+        hooks, left = [], pipe.unet._hf_hook
+        handle = pipe.text_encoder.register_forward_pre_hook(lambda *_, hooks=hooks: hooks.append(pipe.unet._hf_hook))
+        again()
+        handle.remove()
+        assert hooks and left not in hooks

@@ -17,7 +17,8 @@ from PIL import Image
 
 from mitune.errors import MituneError
 from mitune.report import build_report
-from mitune.report.build import context, duration
+from mitune.report.build import context
+from mitune.report.words import duration
 from mitune.worlds.shapes.grammar import COLORS, SHAPES, Prompt, forms
 from mitune.worlds.shapes.scene import fits, parts, render, sample_scene
 

@@ -6,6 +6,7 @@ import random
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -16,13 +17,16 @@ from mitune.config.schema import Config, ModelConfig, PoolConfig
 from mitune.denoiser.opening.identity import settings_that_matter
 from mitune.denoiser.opening.models import Model
 from mitune.errors import MituneError
+from mitune.evaluation.metrics.base import Judgment
+from mitune.methods.mi_tune import _pools
 from mitune.pool.build import build_pool
 from mitune.pool.evidence import gather
 from mitune.pool.scores import CONTRAST, FITS, Candidates, score_named, scores_of
 from mitune.pool.selection import parse_rule
 from mitune.prompts.rivals import NEGATIVES, WORDS, rivals_of
-from mitune.tuning import _pools, tune
+from mitune.tuning import tune
 from mitune.worlds.shapes.grammar import parse
+from mitune.worlds.shapes.metric import ShapesMetric
 from mitune.worlds.shapes.scene import render, sample_scene
 from tests.tiny import SD3_CALL, tiny_sd, tiny_sd3
 
@@ -115,6 +119,31 @@ def test_a_score_of_ones_own(model, tmp_path):
     values = rows["score.my_scores:sharp"]
     assert rows["kept.my-scores-sharp"].index(True) == values.index(max(values))
     assert list(result.sets) == ["my-scores-sharp", "mi-tune"]
+
+
+def test_a_metric_selects(model, tmp_path):
+    """By its name, or one's own; the judge of the world gives what the oracle has."""
+    config = PoolConfig(candidates=4, select=("shapes", "tests.test_scores:Darkness"), batch_size=4)
+    rows = pq.read_table(
+        build_pool(model, [PROMPT], tmp_path / "pool", config, metric=ShapesMetric()).table
+    ).to_pydict()
+    assert rows["score.shapes"] == rows["score.oracle"]
+    darkness = rows["score.tests.test_scores:Darkness"]
+    assert len(set(darkness)) == 4 and rows["kept.tests.test-scores-Darkness"].index(True) == darkness.index(
+        max(darkness)
+    )
+    with pytest.raises(MituneError, match="a lighthouse"):
+        build_pool(model, ["a lighthouse"], tmp_path / "other", replace(config, select=("shapes",)))
+    assert not (tmp_path / "other").exists()
+
+
+class Darkness:
+    """A metric of one's own: the lower the brighter."""
+
+    name, higher_is_better, bounds = "darkness", False, (0.0, 255.0)
+
+    def __call__(self, images, _prompts):
+        return [Judgment(graded=float(np.asarray(image).mean())) for image in images]
 
 
 @pytest.mark.usefixtures("mine")

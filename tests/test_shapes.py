@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 from diffusers import DiffusionPipeline
 
+from mitune.bench.knows import knowledge
 from mitune.config.schema import ModelConfig
 from mitune.denoiser.opening.models import load_model, model_folder
 from mitune.denoiser.pictures import decode, encode_images
 from mitune.errors import MituneError
-from mitune.worlds.shapes.check import check_category
 from mitune.worlds.shapes.grammar import CATEGORIES, Phrase, Prompt, PromptError, forms, parse, sample_prompt
 from mitune.worlds.shapes.judge import judge, read
 from mitune.worlds.shapes.metric import ShapesMetric
+from mitune.worlds.shapes.negatives import shapes_negatives
 from mitune.worlds.shapes.prompts import HELD_OUT, TRAIN, combinations, prompt_list, shapes_prompts
 from mitune.worlds.shapes.scene import COLORS, Object, log_likelihood, parts, picture, render, sample_scene
 from mitune.worlds.shapes.world import MODELS
@@ -224,13 +225,15 @@ def test_embedded_models_are_ordinary_and_small(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
-def test_embedded_models_bind_colors(name):
+def test_embedded_models_bind_colors(name, tmp_path):
     """Some of the held-out color prompts come out right: far above the 1/2 · P(both objects) of unbound attributes."""
-    model = load_model(ModelConfig(name=name, device="cpu"))
-    check = check_category(model, "color", scenes=30, images=2)
-    assert check.knows.value >= 0.9
-    assert check.shows.value >= 0.5
-    assert check.by_kind["color swapped"].trials == 30
+    models, prompts = [ModelConfig(name=name, device="cpu")], shapes_prompts("heldout/color")
+    (color,) = knowledge(
+        models, prompts, tmp_path, negatives=shapes_negatives, metric=ShapesMetric(), scenes=30, images=1
+    )
+    assert color.rendered.value >= 0.9
+    assert color.shows.value >= 0.5
+    assert color.kinds["color swapped"].trials == 30
 
 
 @pytest.mark.parametrize("category", CATEGORIES)

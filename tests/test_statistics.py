@@ -8,15 +8,18 @@ import pytest
 from scipy import stats
 
 from mitune.errors import MituneError
+from mitune.evaluation.comparison import Comparison, failures, markdown_table, summarize
+from mitune.evaluation.ranking import best_share, lexicographic, selection
+from mitune.evaluation.rows import right
 from mitune.evaluation.statistics import (
-    Comparison,
     Interval,
+    Share,
     bootstrap,
-    failures,
+    bootstrap_of,
+    bootstrap_ratio,
     kendall_tau,
-    markdown_table,
-    selection,
-    summarize,
+    share_of_gain,
+    spearman,
 )
 
 
@@ -241,24 +244,87 @@ def test_a_random_choice_is_among_all_candidates():
     assert (first.kept.value, second.kept.value) == (0.5, 0)
 
 
+def test_of_equal_candidates_those_that_are_kept_count():
+    """Two at the ceiling, the right one of which is the more confident: it is kept, and not one of the two by lot."""
+    rows = [
+        {"prompt_index": 0, "exact": j == 2, "graded": float(j == 2), "malformed": False}
+        | {"score.contrast": value, "score.confidence": confidence}
+        for j, (value, confidence) in enumerate([(1.0, 0.1), (0.3, 0.9), (1.0, 0.2)])
+    ]
+    table = pa.Table.from_pylist(rows)
+    by_lot, _ = selection(table, resamples=10)
+    kept, _ = selection(table, ties={"contrast": "confidence"}, resamples=10)
+    assert (by_lot.kept.value, kept.kept.value) == (0.5, 1)
+    assert lexicographic(np.array([1.0, 1.0, 0.5]), np.array([0.0, 0.0, 9.0])).tolist() == [1, 1, 0]
+    assert best_share(np.array([1.0, 1.0]), np.array([0.0, 1.0]), 1) == 0.5
+
+
+def test_one_definition_of_right():
+    rows = pa.table({"exact": [True, True, False, None], "malformed": [False, True, False, None]})
+    assert right(rows).tolist()[:3] == [1, 0, 0] and math.isnan(right(rows)[3])
+
+
+def test_bootstrap_of_a_mean_is_the_bootstrap_of_the_mean():
+    """All intervals rest on the same resampled prompts: as a statistic, as a mean, and as a ratio to a constant."""
+    values = np.random.default_rng(8).normal(2.0, 1.0, size=25)
+    (expected,) = bootstrap(values[:, None], resamples=300)
+    of = bootstrap_of(lambda places: float(values[places].mean()), 25, resamples=300)
+    ratio = share_of_gain(values, np.ones(25), resamples=300)
+    (same,) = bootstrap_ratio(values[:, None], np.ones((25, 1)), np.zeros((25, 1)), resamples=300)
+    for interval in (of, ratio, same):
+        assert (interval.value, interval.low, interval.high) == pytest.approx(
+            (expected.value, expected.low, expected.high)
+        )
+
+
+def test_there_is_no_share_of_a_gain_that_is_none():
+    part, rng = np.full(30, 0.1), np.random.default_rng(9)
+    clear, unclear = 0.2 + 0.01 * rng.normal(size=30), rng.normal(size=30)
+    assert share_of_gain(part, clear, resamples=200).value == pytest.approx(0.5, abs=0.01)
+    assert math.isnan(share_of_gain(part, unclear - unclear.mean(), resamples=200).value)
+    assert math.isnan(bootstrap_of(lambda _: math.nan, 3, resamples=2).low)
+
+
+def test_a_share_without_trials_is_unknown():
+    share = Share(hits=9, trials=10)
+    expected = stats.binomtest(9, 10).proportion_ci(0.95, "wilson")
+    assert (share.value, share.low, share.high) == (0.9, expected.low, expected.high)
+    nothing = Share(hits=0, trials=0)
+    assert all(map(math.isnan, (nothing.value, nothing.low, nothing.high)))
+
+
+def test_spearman_matches_scipy():
+    rng = np.random.default_rng(10)
+    first, second = rng.normal(size=9), rng.normal(size=9)
+    assert spearman(first, second) == pytest.approx(stats.spearmanr(first, second).statistic)
+    assert math.isnan(spearman(first, np.ones(9)))
+
+
 def comparison(category, variant, value, difference=None, images=40):
     return Comparison(variant, category, "all", "exact", 10, images, 1, value, difference)
+
+
+def cells(table):
+    """The cells of a Markdown table, without what aligns them."""
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table.splitlines()]
 
 
 def test_markdown_table():
     base, tuned = Interval(0.5, 0.4, 0.6, 10), Interval(0.7, 0.6, 0.8, 10)
     better, unclear = Interval(0.2, 0.1, 0.3, 10), Interval(-0.05, -0.1, 0.02, 8)
     one = [comparison("color", "base", base), comparison("color", "tuned", tuned, better)]
-    assert markdown_table(one, made_by="mitune evaluate run") == (
-        "| exact match ↑ | prompts × images × seeds | base | tuned | tuned − base | made by |\n"
-        "| --- | --- | --- | --- | --- | --- |\n"
-        "| color | 10 × 4 × 1 | 0.500 [0.400, 0.600] | 0.700 [0.600, 0.800] | **+0.200 [+0.100, +0.300]** "
-        "| mitune evaluate run |\n"
+    assert markdown_table(one, made_by="mitune eval run") == (
+        "| exact match ↑ | prompts × images × seeds |                 base |                tuned "
+        "|                tuned − base | made by         |\n"
+        "| ------------- | -----------------------: | -------------------: | -------------------: "
+        "| --------------------------: | --------------- |\n"
+        "| color         |               10 × 4 × 1 | 0.500 [0.400, 0.600] | 0.700 [0.600, 0.800] "
+        "| **+0.200 [+0.100, +0.300]** | mitune eval run |\n"
     )
-    two = markdown_table([*one, comparison("color", "random", base, unclear, images=41)]).splitlines()
-    assert two[0] == "| exact match ↑ | prompts × images × seeds | base | variant | value | value − base |"
-    assert two[3] == (
-        "| color | 10, 41 images | 0.500 [0.400, 0.600] | random | 0.500 [0.400, 0.600] "
-        "| −0.050 [−0.100, +0.020] (8 prompts) |"
-    )
-    assert markdown_table([one[0], comparison("color", "tuned", tuned)]).endswith("| 0.700 [0.600, 0.800] | – |\n")
+    two = cells(markdown_table([*one, comparison("color", "random", base, unclear, images=41)]))
+    assert two[0] == ["exact match ↑", "prompts × images × seeds", "base", "variant", "value", "value − base"]
+    assert two[3] == [
+        "color", "10, 41 images", "0.500 [0.400, 0.600]", "random", "0.500 [0.400, 0.600]",
+        "−0.050 [−0.100, +0.020] (8 prompts)",
+    ]  # fmt: skip
+    assert cells(markdown_table([one[0], comparison("color", "tuned", tuned)]))[2][3:] == ["0.700 [0.600, 0.800]", "–"]

@@ -3,14 +3,14 @@
 Selection can only use what a model knows beyond what it shows. It *knows* an image's prompt if that has a lower
 denoising error than each of the prompt's hard negatives, with shared noise; it *shows* a prompt by samples that are
 right. Selection pays where samples are often wrong, and the model recognizes as wrong what it got wrong itself. Both
-need a judge; without one, only the share of own samples whose prompt wins can be told.
+need a judge; without one, only how often the prompt of a sample wins can be said.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,61 +18,44 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from mitune.bench.pages import page
 from mitune.config.schema import ModelConfig
 from mitune.denoiser.opening.identity import model_identity
 from mitune.denoiser.opening.models import Model, load_model
 from mitune.denoiser.pictures import decode
 from mitune.denoiser.sampling import Request, candidate_seed, generate_all
 from mitune.errors import MituneError
-from mitune.evaluation.metrics.base import ImageMetric
-from mitune.evaluation.statistics import POOLED, Interval, kendall_tau, summarize
+from mitune.evaluation.comparison import POOLED, summarize
+from mitune.evaluation.metrics.base import ImageMetric, Judgment
+from mitune.evaluation.statistics import Interval, Share, kendall_tau
+from mitune.evaluation.tables import interval, number, table
 from mitune.pool.evidence import told_apart
 from mitune.run.locks import sole_worker
 from mitune.run.store import DAMAGED, claim, write_json
 from mitune.worlds.base import Listed, Negative
-from mitune.worlds.shapes.check import Share, knows
+from mitune.worlds.shapes.rendered import rendered_scenes
 
 Progress = Callable[[int, int], None]
-HEADER = """# Can selection pay?
-
-Made by `{command}`.
-
-A model *knows* an image's prompt if that has a lower denoising error than each of the prompt's hard negatives.
-Shares, with 95 % intervals (Wilson):
-
-- **rendered**: of rendered scenes, those whose prompt wins; does not hang on guidance.
-- **shows**: own samples that are exactly right.
-- **own right**: of these, those whose prompt wins.
-- **own wrong recognized**: of the other samples, those whose prompt does *not* win.
-
-Selection pays where *shows* is low and *own wrong recognized* is high: there is something to gain, and the model can
-tell.
-
-"""
-PREDICTION = """
-## Was it so?
-
-*Promised*: the share of its own samples that a model gets wrong and recognizes as such. *Gained*, by fine-tuning on
-what `{selection}` picked: exactly right, over the base, on held-out prompts (`mitune bench tune`), with 95 % intervals.
-Kendall's τ between the two, over {rows} rows: {tau:.2f}.
-
-"""
+Negatives = Mapping[str, Sequence[Negative]]  # by prompt
+DRAWS = 12  # log-SNRs at which a rendered scene is noised; with fewer, counts that are known seem not to be
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Knowledge:
     """The shares of one category, model and guidance scale; None where there is no judge, or nothing rendered.
 
-    Samples whose prompt has no hard negative count in `shows` alone.
+    Samples whose prompt has no hard negative count in `shows` and `semantic` alone.
     """
 
     model: str
     category: str
     guidance_scale: float
-    rendered: Share | None  # rendered scenes whose prompt wins: does not hang on guidance
-    shows: Share | None  # own samples that are exactly right
+    rendered: Share | None  # rendered scenes whose prompt wins: does not depend on guidance
+    kinds: Mapping[str, Share] = field(default_factory=dict)  # of the same, by kind of hard negative
+    shows: Share | None  # own samples that are right
     right: Share | None  # of these: the prompt wins
     wrong: Share | None  # of the others: it does not, so the model recognizes its mistake
+    semantic: Share | None  # of the others: well drawn
     wins: Share  # all own samples whose prompt wins
 
     @property
@@ -99,44 +82,40 @@ def knowledge(
     `folder` holds already is not made again. Raises MituneError for a folder of other settings, of another process, or
     a damaged one.
     """
-    rivals = {listed.text: [negative.prompt for negative in negatives(listed.text)] for listed in prompts}
+    of_prompt = {listed.text: list(negatives(listed.text)) for listed in prompts}
+    rivals = {text: [negative.prompt for negative in listed] for text, listed in of_prompt.items()}
+    categories = list(dict.fromkeys(listed.category for listed in prompts))
     with sole_worker(folder):
         claim(folder, {"negatives": rivals, "scenes": scenes, "images": images, "seed": seed}, "study")
         file = folder / "knowledge.json"
-        known = {found.key: found for found in _read(file)}
-        categories = list(dict.fromkeys(listed.category for listed in prompts))
-        found: list[Knowledge] = []
+        known = {each.key: each for each in _read(file)}
+        rows: list[Knowledge] = []
         for settings in models:
             model = load_model(settings)
             part = folder / f"{Path(settings.name).name}-{model.guidance_scale:g}"
             claim(part, model_identity(settings), "study")
             for category in categories:
                 if progress:
-                    progress(len(found), len(models) * len(categories))
+                    progress(len(rows), len(models) * len(categories))
                 key = (settings.name, category, model.guidance_scale)
                 if key not in known:
                     texts = [listed.text for listed in prompts if listed.category == category]
-                    won, exact = _samples(model, texts, rivals, metric, images, seed, batch_size)
-                    pairs = [(win, right) for win, right in zip(won, exact, strict=True) if win is not None]
-                    own_right, own_wrong = ([win for win, right in pairs if right is asked] for asked in (True, False))
-                    rendered = next((k.rendered for k in known.values() if k.key[:2] == key[:2]), None)
-                    if scenes and rendered is None:
-                        rendered, _ = knows(model, category, scenes=scenes, seed=seed, batch_size=batch_size)
+                    own = _samples(model, texts, rivals, metric, images, seed, batch_size)
+                    of_scenes = next((_of_scenes(k) for k in known.values() if k.key[:2] == key[:2]), None)
+                    if scenes and of_scenes is None:
+                        of_scenes = _rendered(model, category, negatives, scenes, seed, batch_size)
                     known[key] = Knowledge(
                         model=settings.name,
                         category=category,
                         guidance_scale=model.guidance_scale,
-                        rendered=rendered,
-                        shows=Share(hits=sum(map(bool, exact)), trials=len(exact)) if metric else None,
-                        right=Share(hits=sum(own_right), trials=len(own_right)) if metric else None,
-                        wrong=Share(hits=len(own_wrong) - sum(own_wrong), trials=len(own_wrong)) if metric else None,
-                        wins=Share(hits=sum(win for win, _ in pairs), trials=len(pairs)),
+                        **(of_scenes or {"rendered": None}),
+                        **own,
                     )
                     write_json(file, [asdict(each) for each in known.values()])
-                found.append(known[key])
+                rows.append(known[key])
         if progress:
-            progress(len(found), len(found))
-    return found
+            progress(len(rows), len(rows))
+    return rows
 
 
 def _read(file: Path) -> list[Knowledge]:
@@ -148,8 +127,30 @@ def _read(file: Path) -> list[Knowledge]:
         raise MituneError(f"{file} is damaged; delete it and run the study again.") from error
 
 
-def _share_or_row(found: dict[str, Any]) -> Share | dict[str, Any]:
-    return Share(**found) if "hits" in found else found
+def _share_or_row(content: dict[str, Any]) -> Share | dict[str, Any]:
+    return Share(**content) if "hits" in content else content
+
+
+def _of_scenes(known: Knowledge) -> dict[str, Any]:
+    return {"rendered": known.rendered, "kinds": known.kinds}
+
+
+def _rendered(
+    model: Model, category: str, negatives: Callable[[str], Sequence[Negative]], scenes: int, seed: int, batch_size: int
+) -> dict[str, Any]:
+    """Of rendered scenes, those whose prompt beats all its hard negatives, and the same by kind of these."""
+    prompts, latents = rendered_scenes(model, category, scenes, seed)
+    of_prompt = {prompt: list(negatives(prompt)) for prompt in prompts}
+    rivals = {prompt: [negative.prompt for negative in listed] for prompt, listed in of_prompt.items()}
+    beaten = told_apart(model, latents, prompts, rivals, draws=DRAWS, seed=seed, batch_size=batch_size)
+    by_kind: dict[str, list[bool]] = {}
+    for prompt, outcomes in zip(prompts, beaten, strict=True):
+        for negative, outcome in zip(of_prompt[prompt], outcomes, strict=True):
+            by_kind.setdefault(negative.kind, []).append(outcome)
+    return {
+        "rendered": _share(map(all, beaten)),
+        "kinds": {kind: _share(by_kind[kind]) for kind in sorted(by_kind)},
+    }
 
 
 def _samples(
@@ -160,35 +161,53 @@ def _samples(
     images: int,
     seed: int,
     batch_size: int,
-) -> tuple[list[bool | None], list[bool | None]]:
-    """Of `images` samples a prompt, one by one: whether the prompt wins, and whether the image is right, if known."""
+) -> dict[str, Any]:
+    """The shares of `images` samples a prompt."""
     requests = [Request(prompt=p, seed=candidate_seed(seed, p, j)) for p in prompts for j in range(images)]
-    won: list[bool | None] = []
-    exact: list[bool | None] = []
+    won: list[bool | None] = []  # whether the prompt wins; None without a rival
+    judgments: list[Judgment] = []
     for chunk, batch in generate_all(model, requests, batch_size):
         texts, latents = [request.prompt for request in chunk], batch.latents.nan_to_num()
-        told = told_apart(model, latents, texts, rivals, seed=seed, batch_size=batch_size)
-        won += [all(beaten) if beaten else None for beaten in told]
-        if metric is None:
-            exact += [None] * len(chunk)
-        else:
-            exact += [
-                verdict.exact and not verdict.malformed for verdict in metric(list(decode(model, latents)), texts)
-            ]
-    return won, exact
+        beaten = told_apart(model, latents, texts, rivals, seed=seed, batch_size=batch_size)
+        won += [all(outcomes) if outcomes else None for outcomes in beaten]
+        if metric is not None:
+            judgments += metric(list(decode(model, latents)), texts)
+    wins = _share(win for win in won if win is not None)
+    if metric is None:
+        return {"wins": wins} | dict.fromkeys(("shows", "right", "wrong", "semantic"))
+    both = [(win, judgment.right) for win, judgment in zip(won, judgments, strict=True) if win is not None]
+    return {
+        "wins": wins,
+        "shows": _share(judgment.right for judgment in judgments),
+        "right": _share(win for win, is_right in both if is_right),
+        "wrong": _share(not win for win, is_right in both if not is_right),
+        "semantic": _share(not judgment.malformed for judgment in judgments if not judgment.right),
+    }
 
 
-def markdown(found: Sequence[Knowledge]) -> str:
-    """A table of the shares with their 95 % intervals (Wilson)."""
+def _share(outcomes: Iterable[bool]) -> Share:
+    listed = list(outcomes)
+    return Share(hits=sum(listed), trials=len(listed))
+
+
+def markdown(rows: Sequence[Knowledge]) -> str:
+    """The shares with their 95 % intervals (Wilson); below, what is known of rendered scenes by kind of negative."""
     head = ["category", "model", "guidance", "knows: rendered", "knows: own right", "shows", "own wrong recognized"]
-    lines = [[*head, "own samples whose prompt wins"], ["---"] * (len(head) + 1)]
-    for known in found:
-        shares = (known.rendered, known.right, known.shows, known.wrong, known.wins)
-        lines.append([known.category, known.model, f"{known.guidance_scale:g}", *map(_cell, shares)])
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+    head += ["failures that are semantic", "own samples whose prompt wins"]
+    lines = [
+        [row.category, row.model, f"{row.guidance_scale:g}"]
+        + [*map(interval, (row.rendered, row.right, row.shows, row.wrong, row.semantic, row.wins))]
+        for row in rows
+    ]
+    kinds = {(row.model, row.category, kind): share for row in rows for kind, share in row.kinds.items()}
+    told = table(
+        ["category", "model", "kind of hard negative", "told apart"],
+        [[category, model, kind, interval(share)] for (model, category, kind), share in kinds.items()],
+    )
+    return table(head, lines) + (f"\n{told}" if kinds else "")
 
 
-def prediction(found: Sequence[Knowledge], studies: Sequence[pa.Table]) -> str:
+def prediction(known: Sequence[Knowledge], studies: Sequence[pa.Table]) -> str:
     """What was promised beside what fine-tuning gained, by category, and Kendall's τ between them, as Markdown.
 
     `studies` are tables of judged images that `bench tune` left; of each model in them the guidance scale that its
@@ -208,19 +227,20 @@ def prediction(found: Sequence[Knowledge], studies: Sequence[pa.Table]) -> str:
                 if (c.variant, c.split, c.metric) == (first, POOLED, "exact") and c.difference is not None:
                     gained[name, c.category, scale] = c.difference
     lines, promises, gains = [], [], []
-    for known in found:
-        gain = gained.get((Path(known.model).name, known.category, known.guidance_scale))
-        if gain is None or known.wrong is None or known.shows is None:
+    for row in known:
+        gain = gained.get((Path(row.model).name, row.category, row.guidance_scale))
+        if gain is None or row.wrong is None or row.shows is None:
             continue
-        promises.append(known.wrong.value * (1 - known.shows.value))
+        promises.append(row.wrong.value * (1 - row.shows.value) if row.wrong.trials else 0.0)
         gains.append(gain.value)
-        lines.append(f"| {known.category} | {known.model} | {known.guidance_scale:g} | {promises[-1]:.3f} | {gain} |\n")
+        scale = f"{row.guidance_scale:g}"
+        lines.append([row.category, row.model, scale, number(promises[-1]), interval(gain, sign=True)])
     if not lines:
         raise MituneError("The study of fine-tuning shares no model, category and guidance scale; ask for its own.")
-    tau = kendall_tau(np.array(promises), np.array(gains))
-    text = PREDICTION.format(selection="`, `".join(dict.fromkeys(selections)), rows=len(lines), tau=tau)
-    return f"{text}| category | model | guidance | promised | gained |\n|---|---|--:|--:|---|\n{''.join(lines)}"
-
-
-def _cell(share: Share | None) -> str:
-    return str(share) if share is not None and share.trials else "–"
+    return page(
+        "knows-prediction",
+        selection="`, `".join(dict.fromkeys(selections)),
+        rows=len(lines),
+        tau=number(kendall_tau(np.array(promises), np.array(gains)), 2),
+        table=table(["category", "model", "guidance", "promised", "gained"], lines),
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import statistics
 import time
@@ -13,32 +12,13 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from matplotlib.figure import Figure
 
 from mitune.bench.mi_tasks import TASKS, Task, get_task
 from mitune.errors import MituneError
 from mitune.estimators.table import ESTIMATORS, get_estimator
+from mitune.evaluation.tables import DASH, number, plus_minus, table
+from mitune.report.style import INK, on_paper, png, sheet
 from mitune.run.store import write_table
-
-HEADER = """# Mutual information on the benchmark "Beyond Normal"
-
-Made by `{command}`, from all that its table of results held.
-
-The 40 tasks of Czyż et al. (2023, arXiv 2306.11078) have closed-form truths; `src/mitune/bench/mi_tasks.py` writes them
-in NumPy. Every estimator is fitted on N samples and read on the same N; the networks are cross-fitted, so that each
-sample is judged by one that has not seen it. ± is the standard error of sampling; it does not know an estimator's bias.
-Settings were chosen on other tasks and other seeds: Student's t of other dimensions and degrees of freedom, spirals of
-another correlation, other widths of noise, other normals.
-
-- **RFMI**, **MINDE-C**: denoisers on a flow path and a VP path, each a Gaussian skeleton plus a network that starts at
-  zero (`src/mitune/estimators/fields.py`). **RFMI-plain**, **MINDE-C-plain**: as in the papers, without a skeleton;
-  RFMI with its dot product and truncated importance sampling.
-- **Gaussian-copula**: the closed form on normal scores of the ranks. **CCA**: the same on the samples as they are.
-  **KSG**: nearest neighbors. **MINE**, **InfoNCE**, **NWJ**, **SMILE**: variational bounds, one setting for all tasks.
-
-![Estimates beside the truth]({picture})
-
-"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,6 +109,11 @@ GROUPS: Mapping[str, Callable[[Task], bool]] = {
 }
 
 
+EXPLANATION = """\
+Over tasks × seeds, whose number stands beside it. *worst*: the largest error. *seconds*: median of fit and
+estimate together."""
+
+
 def mean_absolute_error(results: Sequence[Result]) -> float:
     """In nats; a seed of a task counts as one. Infinite where an estimate is not finite."""
     errors = [abs(result.value - result.truth) for result in results]
@@ -140,47 +125,46 @@ def markdown(results: Sequence[Result]) -> str:
     present = {result.estimator for result in results}
     estimators = [name for name in ESTIMATORS if name in present]
     sizes = sorted({result.samples for result in results})
-    lines = [
-        "## Mean absolute error, nats",
-        "",
-        "Over tasks × seeds, whose number stands beside it. *worst*: the largest error. *seconds*: median of fit and",
-        "estimate together.",
-        "",
-        "| estimator | samples | " + " | ".join(GROUPS) + " | worst | seconds |",
-        "|---|--:|" + "--:|" * (len(GROUPS) + 2),
-    ]
+    lines = []
     for estimator, size in product(estimators, sizes):
         rows = [result for result in results if (result.estimator, result.samples) == (estimator, size)]
         if rows:
-            lines.append(f"| {estimator} | {size:,} | " + " | ".join([*_group_cells(rows), *_worst(rows)]) + " |")
+            lines.append([estimator, f"{size:,}", *_group_cells(rows), *_worst(rows)])
+    errors = table(["estimator", "samples", *GROUPS, "worst", "seconds"], lines)
+    sections = [f"## Mean absolute error, nats\n\n{EXPLANATION}\n\n{errors}"]
     for size in sizes:
-        lines += ["", f"## Estimates from {size:,} samples, nats", ""]
-        lines += _per_task([result for result in results if result.samples == size], estimators)
-    return "\n".join(lines) + "\n"
+        estimates = _per_task([result for result in results if result.samples == size], estimators)
+        sections.append(f"## Estimates from {size:,} samples, nats\n\n{estimates}")
+    return "\n".join(sections)
 
 
 def _group_cells(rows: Sequence[Result]) -> list[str]:
     groups = [[row for row in rows if member(get_task(row.task))] for member in GROUPS.values()]
-    return [f"{mean_absolute_error(group):.3f} ({len(group)})" if group else "" for group in groups]
+    return [f"{number(mean_absolute_error(group))} ({len(group)})" if group else DASH for group in groups]
 
 
 def _worst(rows: Sequence[Result]) -> list[str]:
     worst = max(rows, key=lambda row: abs(row.value - row.truth))
-    return [f"{worst.value - worst.truth:+.3f} {worst.task}", f"{statistics.median(r.seconds for r in rows):.1f}"]
+    seconds = statistics.median(row.seconds for row in rows)
+    return [f"{number(worst.value - worst.truth, sign=True)} {worst.task}", number(seconds, 1)]
 
 
-def _per_task(rows: Sequence[Result], estimators: Sequence[str]) -> list[str]:
+def _per_task(rows: Sequence[Result], estimators: Sequence[str]) -> str:
     """Value ± standard error of the first seed."""
     present = [name for name in estimators if any(row.estimator == name for row in rows)]
     first = min(row.seed for row in rows)
     cells = {
-        (row.task, row.estimator): f"{row.value:.3f} ± {row.standard_error:.3f}" for row in rows if row.seed == first
+        (row.task, row.estimator): plus_minus(row.value, row.standard_error, 3) for row in rows if row.seed == first
     }
-    lines = ["| task | truth | " + " | ".join(present) + " |", "|---|--:|" + "--:|" * len(present)]
-    for name in _tasks_of(rows):
-        values = " | ".join(cells.get((name, estimator), "") for estimator in present)
-        lines.append(f"| {name} | {get_task(name).mutual_information:.3f} | {values} |")
-    return lines
+    lines = [
+        [
+            name,
+            number(get_task(name).mutual_information),
+            *(cells.get((name, estimator), DASH) for estimator in present),
+        ]
+        for name in _tasks_of(rows)
+    ]
+    return table(["task", "truth", *present], lines)
 
 
 def _tasks_of(rows: Sequence[Result]) -> list[str]:
@@ -193,34 +177,33 @@ def _tasks_of(rows: Sequence[Result]) -> list[str]:
 
 def figure(results: Sequence[Result], estimators: Sequence[str]) -> bytes:
     """PNG: estimate ± standard error of these estimators beside each task's truth, a panel for every sample size."""
-    sizes = sorted({result.samples for result in results})
-    tasks = _tasks_of(results)
-    sheet = Figure(figsize=(3 + 3.4 * len(sizes), 1.2 + 0.24 * len(tasks)), layout="constrained")
-    panels = sheet.subplots(1, len(sizes), sharey=True, squeeze=False)[0]
-    for panel, size in zip(panels, sizes, strict=True):
-        for row, name in enumerate(tasks):
-            truth = get_task(name).mutual_information
-            panel.plot([truth, truth], [row - 0.4, row + 0.4], color="black", linewidth=2, zorder=1)
-        for index, estimator in enumerate(estimators):
-            shown = [r for r in results if (r.estimator, r.samples) == (estimator, size) and math.isfinite(r.value)]
-            offset = 0.5 * ((index + 0.5) / len(estimators) - 0.5)
-            panel.errorbar(
-                [r.value for r in shown],
-                [tasks.index(r.task) + offset for r in shown],
-                xerr=[r.standard_error for r in shown],
-                fmt="o",
-                markersize=3.5,
-                linewidth=1,
-                label=estimator,
-            )
-        panel.set_title(f"{size:,} samples", fontsize=9)
-        panel.set_xlabel("mutual information, nats (bar: truth)", fontsize=8)
-        panel.set_xlim(left=-0.1)
-        panel.grid(axis="x", alpha=0.3)
-        panel.tick_params(labelsize=7)
-    panels[0].set_yticks(range(len(tasks)), tasks)
-    panels[0].set_ylim(len(tasks) - 0.5, -0.5)
-    panels[-1].legend(fontsize=8, loc="lower right")
-    buffer = io.BytesIO()
-    sheet.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
+    with on_paper():
+        sizes = sorted({result.samples for result in results})
+        tasks = _tasks_of(results)
+        drawing = sheet(3 + 3.4 * len(sizes), 1.2 + 0.24 * len(tasks))
+        panels = drawing.subplots(1, len(sizes), sharey=True, squeeze=False)[0]
+        for panel, size in zip(panels, sizes, strict=True):
+            for row, name in enumerate(tasks):
+                truth = get_task(name).mutual_information
+                panel.plot([truth, truth], [row - 0.4, row + 0.4], color=INK, linewidth=2, zorder=1)
+            for index, estimator in enumerate(estimators):
+                shown = [r for r in results if (r.estimator, r.samples) == (estimator, size) and math.isfinite(r.value)]
+                offset = 0.5 * ((index + 0.5) / len(estimators) - 0.5)
+                panel.errorbar(
+                    [r.value for r in shown],
+                    [tasks.index(r.task) + offset for r in shown],
+                    xerr=[r.standard_error for r in shown],
+                    fmt="o",
+                    markersize=3.5,
+                    linewidth=1,
+                    label=estimator,
+                )
+            panel.set_title(f"{size:,} samples")
+            panel.set_xlabel("mutual information, nats (bar: truth)")
+            panel.set_xlim(left=-0.1)
+            panel.grid(axis="x")
+            panel.tick_params(labelsize=7)
+        panels[0].set_yticks(range(len(tasks)), tasks)
+        panels[0].set_ylim(len(tasks) - 0.5, -0.5)
+        panels[-1].legend(loc="lower right")
+        return png(drawing)

@@ -10,7 +10,19 @@ import typer
 from typer import Option
 
 from mitune.cli.boundary import Commands, resumable
-from mitune.cli.options import Assignments, Device, Guidance, PromptField, RunFolder, Selection, say, settings_of, stage
+from mitune.cli.options import (
+    Assignments,
+    Device,
+    Guidance,
+    Negatives,
+    PromptField,
+    RunFolder,
+    Selection,
+    made_by,
+    say,
+    settings_of,
+    stage,
+)
 from mitune.config.schema import ModelConfig
 from mitune.errors import MituneError
 
@@ -38,6 +50,7 @@ def _models(
 @app.command(name="mi")
 @resumable
 def bench_mi(
+    context: typer.Context,
     tasks: Annotated[str, Option(help="Names with commas between them, or all: the 40 of the benchmark.")] = "all",
     estimators: Annotated[str, Option(help="Names with commas between them, e.g. RFMI,KSG.")] = "RFMI,Gaussian-copula",
     n: Annotated[str, Option("--n", help="Sample sizes.")] = "1000,5000,10000",
@@ -51,8 +64,9 @@ def bench_mi(
 
     Example:  mitune bench mi --estimators RFMI,MINDE-C,KSG --n 1000,5000,10000 --output docs/mi-benchmark.md
     """
-    from mitune.bench.mi import HEADER, figure, markdown, run_benchmark
+    from mitune.bench.mi import figure, markdown, run_benchmark
     from mitune.bench.mi_tasks import TASKS
+    from mitune.bench.pages import page
     from mitune.run.store import write_bytes
 
     if not all(size.strip().isdecimal() and int(size[:10]) >= 10 for size in n.split(",")):
@@ -68,16 +82,16 @@ def bench_mi(
             progress=step,
         )
     picture = output.with_suffix(".png")
-    command = f"mitune bench mi --tasks {tasks} --estimators {estimators} --n {n} --seeds {seeds}"
-    command = f"{command} --results {results} --output {output}"
     write_bytes(picture, figure(found, names[:3]))
-    write_bytes(output, (HEADER.format(command=command, picture=picture.name) + markdown(found)).encode())
+    text = page("mi", command=made_by(context), picture=picture.name, tables=markdown(found))
+    write_bytes(output, text.encode())
     say("Table", output)
 
 
 @app.command(name="knows")
 @resumable
 def bench_knows(
+    context: typer.Context,
     model: Annotated[
         list[str] | None, Option("--model", "-m", help="Hub id, diffusers folder, or an embedded model. Repeatable.")
     ] = None,
@@ -89,9 +103,7 @@ def bench_knows(
         Option("--prompts", "-p", help="File as for `mitune tune`, or an embedded list: shapes:heldout/color."),
     ] = "shapes:heldout",
     prompt_field: PromptField = None,
-    negatives: Annotated[
-        Path | None, Option(help='Hard negatives as JSON lines, {"prompt": ..., "negatives": [...]}; else by rule.')
-    ] = None,
+    negatives: Negatives = None,
     scenes: Annotated[int, Option(min=0, help="Rendered scenes a category; for embedded prompts.")] = 200,
     images: Annotated[int, Option("--images", "-n", min=1, help="Samples a prompt.")] = 4,
     seed: Annotated[int, Option(help="Seed.")] = 0,
@@ -106,13 +118,14 @@ def bench_knows(
 ) -> None:
     """Can selection pay? What a model knows of its prompts, what it shows, and what it recognizes as wrong.
 
-    Prompts of one's own have no judge; for them, only how often a sample's prompt beats its hard negatives is told.
+    Prompts of one's own have no judge; for them it only says how often a sample's prompt beats its hard negatives.
 
     Example:  mitune bench knows -m shapes-sd --guidance-scale 2 --guidance-scale 4 --scenes 100
     """
     import pyarrow.parquet as pq
 
-    from mitune.bench.knows import HEADER, knowledge, markdown, prediction
+    from mitune.bench.knows import knowledge, markdown, prediction
+    from mitune.bench.pages import page
     from mitune.denoiser.opening.models import load_model
     from mitune.prompts.lists import load_prompts
     from mitune.prompts.negatives import hard_negatives, load_negatives
@@ -122,7 +135,7 @@ def bench_knows(
     models = _models(model, guidance_scale, device, assignments)
     for loaded in map(load_model, models[:: len(guidance_scale or [1])]):  # each once: they may read texts unlike
         listed = load_prompts(prompts, loaded, prompt_field)
-        own = load_negatives(negatives, loaded) if negatives is not None else None
+        own = load_negatives(Path(negatives), loaded) if negatives is not None else None
     embedded = prompts.startswith("shapes:")
     with stage("Asking what is known") as step:
         found = knowledge(
@@ -138,21 +151,16 @@ def bench_knows(
         )
     table = markdown(found)
     if gains:
-        table += prediction(found, [pq.read_table(file) for file in gains])
+        table += "\n" + prediction(found, [pq.read_table(file) for file in gains])
     typer.echo(table)
     if output is not None:
-        words = [f"-m {name}" for name in model or ["shapes-sd"]]
-        words += [f"--guidance-scale {scale:g}" for scale in guidance_scale or []]
-        words += [f"--negatives {negatives}"] if negatives is not None else []
-        words += [f"--gains {file}" for file in gains or []]
-        words += [f"--set {assignment}" for assignment in assignments or []]
-        command = " ".join(["mitune bench knows", *words, f"-p {prompts} --scenes {scenes} -n {images} --seed {seed}"])
-        write_bytes(output, (HEADER.format(command=f"{command} -o {output}") + table).encode())
+        write_bytes(output, page("knows", command=made_by(context), table=table).encode())
 
 
 @app.command(name="select")
 @resumable
 def bench_select(
+    context: typer.Context,
     model: Annotated[
         list[str] | None, Option("--model", "-m", help="An embedded model, or a folder of such a one. Repeatable.")
     ] = None,
@@ -178,15 +186,9 @@ def bench_select(
     import pyarrow.parquet as pq
 
     from mitune.bench.select import SelectConfig, run_study, some_of_each
-    from mitune.bench.select_tables import (
-        SHOWN,
-        gap_figure,
-        only,
-        prediction_of,
-        summarize_study,
-        tables_of,
-        tau_figure,
-    )
+    from mitune.bench.select_figures import gap_figure, tau_figure
+    from mitune.bench.select_summary import only, summarize_study
+    from mitune.bench.select_tables import SHOWN, prediction_of, tables_of
     from mitune.prompts.lists import load_prompts
     from mitune.run.store import write_bytes
 
@@ -196,9 +198,10 @@ def bench_select(
         table = run_study(models, some_of_each(load_prompts(prompts), per_category), run, config, progress=step)
     result = summarize_study(pq.read_table(table))
     shown = only(result, SHOWN)
-    write_bytes(run / "tables.md", tables_of(result).encode())
+    command = made_by(context)
     promise = "## Does the condition predict the gain?\n\n" + prediction_of(result, "contrast")
-    write_bytes(run / "summary.md", f"{tables_of(shown)}\n{promise}".encode())
+    write_bytes(run / "tables.md", f"Made by `{command}`.\n\n{tables_of(result)}".encode())
+    write_bytes(run / "summary.md", f"Made by `{command}`.\n\n{tables_of(shown)}\n{promise}".encode())
     write_bytes(run / "tau.png", tau_figure(shown))
     write_bytes(run / "gap.png", gap_figure(shown))
     say("Tables", run / "tables.md")
@@ -207,6 +210,7 @@ def bench_select(
 @app.command(name="tune")
 @resumable
 def bench_tune(
+    context: typer.Context,
     model: Annotated[list[str] | None, Option("--model", "-m", help="An embedded model. Repeatable.")] = None,
     select: Selection = None,
     guidance_scale: Annotated[
@@ -223,25 +227,22 @@ def bench_tune(
     """
     import pyarrow.parquet as pq
 
-    from mitune.bench.tune import HEADER, PICKS, markdown, picks, run_study
+    from mitune.bench.pages import page
+    from mitune.bench.tune import markdown, picks, run_study
     from mitune.run.store import write_bytes
 
     names = model or ["shapes-sd"]
     configs = [settings_of("shapes-study", None, assignments, {"model.name": m, "pool.select": select}) for m in names]
     table = run_study(configs, run, seeds=seeds, guidance_scales=guidance_scale or (), stages=stage)
-    given: dict[str, Sequence[object]] = {
-        "-m": names, "-s": configs[0].pool.select, "--guidance-scale": guidance_scale or (), "--set": assignments or (),
-    }  # fmt: skip
-    words = [f"{option} {value}" for option, values in given.items() for value in values]
-    command = " ".join(["mitune bench tune", *words, f"--seeds {seeds} -o {output}"])
-    picked = PICKS + picks(configs, run, seeds=seeds)
-    write_bytes(output, (HEADER.format(command=command) + markdown(pq.read_table(table)) + picked).encode())
+    gains, picked = markdown(pq.read_table(table)), picks(configs, run, seeds=seeds)
+    write_bytes(output, page("tune", command=made_by(context), gains=gains, picks=picked).encode())
     say("Tables", output)
 
 
 @app.command(name="race")
 @resumable
 def bench_race(
+    context: typer.Context,
     model: Annotated[
         list[str] | None, Option("--model", "-m", help="An embedded model, or a folder of such a one. Repeatable.")
     ] = None,
@@ -260,7 +261,7 @@ def bench_race(
 
     Example:  mitune bench race -m shapes-sd -m shapes-sd3 --steps 20 --output docs/racing.md
     """
-    from mitune.bench.race import SCHEDULES, SHOWN, RaceConfig, budgets, markdown, outcome_of, page, run_study
+    from mitune.bench.race import SCHEDULES, SHOWN, RaceConfig, budgets, markdown, outcome_of, page_of, run_study
     from mitune.bench.select import some_of_each
     from mitune.prompts.lists import load_prompts
     from mitune.run.store import write_bytes
@@ -272,18 +273,14 @@ def bench_race(
             config = RaceConfig(candidates=candidates, seed=seed)
             runs = studies[Path(name).name] = run_study(settings, listed, run / Path(name).name, config, step)
         outcomes += [outcome_of(runs, Path(name).name, score, schedule) for score in SHOWN for schedule in SCHEDULES]
-    scale = "" if guidance_scale is None else f" --guidance-scale {guidance_scale:g}"
-    command = " ".join(
-        ["mitune bench race", *(f"-m {name}" for name in names), *(f"--set {setting}" for setting in assignments or ())]
-        + [f"--steps {steps}{scale} -p {prompts}"]
-        + [f"--per-category {per_category} -M {candidates} --seed {seed} --output {output}"]
-    )
-    write_bytes(output, page(markdown(outcomes, candidates, steps), budgets(studies), command).encode())
+    text = page_of(markdown(outcomes, candidates, steps), budgets(studies), made_by(context))
+    write_bytes(output, text.encode())
     say("Tables", output)
 
 
 @app.command(name="truth")
 def bench_truth(
+    context: typer.Context,
     model: Annotated[
         list[str] | None, Option("--model", "-m", help="An embedded model, or a folder of such a one. Repeatable.")
     ] = None,
@@ -298,15 +295,14 @@ def bench_truth(
 
     Example:  mitune bench truth -m shapes-sd -m shapes-sd3 --scenes 40 --output docs/truth.md
     """
+    from mitune.bench.pages import page
     from mitune.bench.truth import study
-    from mitune.bench.truth_tables import HEADER, calibration_figure, tables_of
+    from mitune.bench.truth_tables import calibration_figure, tables_of
     from mitune.denoiser.opening.models import load_model
     from mitune.run.store import write_bytes
 
     names = model or ["shapes-sd"]
-    words = [*(f"-m {name}" for name in names), *(f"--set {setting}" for setting in assignments or ())]
-    command = " ".join(["mitune bench truth", *words, f"--scenes {scenes} --draws {draws}"])
-    sections = [HEADER.format(command=f"{command} --seed {seed}")]
+    sections: list[str] = []
     for name, settings in zip(names, _models(names, None, device, assignments), strict=True):
         loaded = load_model(settings)
         with stage(f"Estimating with {name}") as step:
@@ -314,5 +310,5 @@ def bench_truth(
         figure = output.with_name(f"{output.stem}-{Path(name).name}.png")
         write_bytes(figure, calibration_figure(found))
         sections.append(tables_of(found, figure.name))
-        write_bytes(output, "\n".join(sections).encode())
+        write_bytes(output, page("truth", command=made_by(context), sections="\n".join(sections)).encode())
     say("Tables", output)

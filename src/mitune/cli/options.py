@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -21,7 +22,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.text import Text
-from typer import Option
+from typer import Context, Option
 
 from mitune.config.presets import PRESETS
 from mitune.config.ranges import ends_of
@@ -145,6 +146,21 @@ def store_for(name: str) -> Callable[[Path], Store]:
     with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         STORES.resolve(name, Path(folder))
     return partial(STORES.resolve, name)
+
+
+def made_by(context: Context) -> str:
+    """The command that runs now, with every option that has a value: what "Made by" lines say."""
+    program = context.find_root().command_path
+    words = ["mitune", *context.command_path.removeprefix(program).split()]
+    for parameter in context.command.params:
+        value = context.params.get(parameter.name or "")
+        for each in value if isinstance(value, (list, tuple)) else [value]:
+            if each is None or each is False:
+                continue
+            if parameter.param_type_name == "option":
+                words.append(max(parameter.opts, key=len))
+            words += [] if each is True else [f"{each:g}" if isinstance(each, float) else str(each)]
+    return shlex.join(words)
 
 
 def say(what: str, path: Path) -> None:

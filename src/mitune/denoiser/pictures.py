@@ -25,7 +25,7 @@ from torch import Generator, Tensor, nn
 
 from mitune.denoiser.batches import called_through, texts_encoded_once
 from mitune.denoiser.latent_map import PROBES, LatentMap, probes
-from mitune.denoiser.network import denoiser_of, execution_device
+from mitune.denoiser.network import denoiser_of, execution_device, free_denoiser
 from mitune.denoiser.opening.calls import calling
 from mitune.denoiser.opening.models import Model, prompted
 from mitune.denoiser.pipeline import Autoencoder, Network, Pipeline, Scheduler
@@ -224,6 +224,7 @@ def _call_to_end(
     """What the pipeline makes of `rows` blank prompts if each of its steps ends in `ending`, called with the latents
     that it would have ended in; the network is not run. texts: kept for further calls."""
     arguments = prompted(pipe, [""] * rows, {**call, "num_inference_steps": 2})  # of one, PixArt makes another path
+    free_denoiser(pipe)
     denoiser, scheduler = denoiser_of(pipe), pipe.scheduler
     with called_through(denoiser, _no_network(denoiser)), texts_encoded_once(pipe, texts), quiet_pipelines():
         pipe.scheduler = _ending_in(scheduler, ending, type(pipe).__name__)

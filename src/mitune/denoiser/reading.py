@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mitune.denoiser.batches import Rows, called_through, joined
-from mitune.denoiser.network import denoiser_of
+from mitune.denoiser.network import denoiser_of, free_denoiser
 from mitune.denoiser.opening.calls import calling
 from mitune.denoiser.opening.models import prompted
 from mitune.denoiser.pipeline import Pipeline
@@ -206,6 +206,7 @@ def _up_to_the_denoiser(
             blank = frozenset(text for calls in seen.tokenized.values() for made in calls for text in made.texts)
         return seen
 
+    free_denoiser(pipe)
     with ExitStack() as stack:
         stack.callback(pipe.maybe_free_model_hooks)  # last, as it sets up the hooks of offloading anew
         stack.enter_context(quiet_pipelines())

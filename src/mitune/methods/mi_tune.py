@@ -43,7 +43,7 @@ class MITune:
             )
         texts = [listed.text for listed in prompts]
         _metric(config, texts)
-        own_negatives(config.pool.negatives, scores_of(map(parse_rule, config.pool.select)), texts, base)
+        own_negatives(config.pool.negatives, scores_of(map(parse_rule, config.pool.select), texts), texts, base)
 
     def prepare(self, config: Config, prompts: Sequence[Listed], run: Run) -> list[Variant]:
         """The adapters of the last round."""

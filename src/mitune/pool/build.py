@@ -84,7 +84,7 @@ def build_pool(
     prompts = check_prompts(prompts, model)
     check_pictures(model)
     rules = [parse_rule(text) for text in config.select]
-    scores = scores_of(rules)
+    scores = scores_of(rules, prompts)
     negatives = own_negatives(config.negatives, scores, prompts, model)
     if metric is None and any(rule.by == ORACLE for rule in rules):
         raise MituneError(

@@ -1,4 +1,4 @@
-"""The scores that a pool selects by: on-line ones, those that ask the model again, and anybody's own.
+"""The scores that a pool selects by: on-line ones, those that ask the model again, metrics, and anybody's own.
 
 A score of one's own is a function of the `Candidates` of a prompt in a file mine.py, named as `mine:sharp`:
 
@@ -9,7 +9,7 @@ A score of one's own is a function of the `Candidates` of a prompt in a file min
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -19,7 +19,10 @@ import torch
 from torch import Tensor
 
 from mitune.denoiser.opening.models import Model
+from mitune.denoiser.pictures import decode
 from mitune.errors import MituneError
+from mitune.evaluation.metrics.base import ChoosyMetric, ImageMetric, judge, merit
+from mitune.evaluation.metrics.table import METRICS
 from mitune.information import SCORES, Trace
 from mitune.information.contrast import Band, Contrast, capped_margin, fits
 from mitune.pool.evidence import gather
@@ -80,6 +83,7 @@ class PoolScore:
     formula: str = ""
     rivals: tuple[str, ...] = ()
     online: str | None = None
+    metric: ImageMetric | None = None  # where it is the judgment of one
 
     @property
     def is_online(self) -> bool:
@@ -147,6 +151,17 @@ POST_HOC: Mapping[str, PoolScore] = MappingProxyType(
 )
 
 
+def of_metric(name: str, metric: ImageMetric) -> PoolScore:
+    """What a metric says of the pictures; what cannot be read comes last."""
+
+    def judged(candidates: Candidates) -> Tensor:
+        images = list(decode(candidates.model, candidates.latents))
+        judgments = judge(metric, images, [candidates.prompt] * len(images))
+        return torch.tensor([merit(metric, judgment) - judgment.malformed for judgment in judgments])
+
+    return PoolScore(name=name, function=judged, formula=f"the metric {metric.name}", metric=metric)
+
+
 def _online(name: str) -> PoolScore:
     return PoolScore(
         name=name, function=lambda candidates: candidates.online[name], formula=SCORES[name].formula, online=name
@@ -167,17 +182,28 @@ TABLE: Table[Function] = Table(
 
 
 def score_named(name: str) -> PoolScore:
-    """The score of that name, or the one in anybody's own file, `package.module:attribute`.
+    """The score or metric of that name, or the one in anybody's own file, `package.module:attribute`.
 
     Raises MituneError for an unknown name, and for a file or an attribute of it that cannot be had.
     """
+    if name in METRICS.rows:
+        return of_metric(name, METRICS.resolve(name))
     function = TABLE.resolve(name)
+    if hasattr(function, "higher_is_better"):
+        return of_metric(name, METRICS.resolve(name))
     return function if isinstance(function, PoolScore) else PoolScore(name=name, function=function, rivals=KINDS)
 
 
-def scores_of(rules: Iterable[Rule]) -> dict[str, PoolScore]:
-    """The scores that rules go by, by name, without the controls. Raises MituneError like `score_named`."""
-    return {rule.by: score_named(rule.by) for rule in rules if rule.by not in CONTROLS}
+def scores_of(rules: Iterable[Rule], prompts: Sequence[str] = ()) -> dict[str, PoolScore]:
+    """The scores that rules go by, by name, without the controls.
+
+    Raises MituneError like `score_named`, and for prompts that a metric among them cannot judge by.
+    """
+    scores = {rule.by: score_named(rule.by) for rule in rules if rule.by not in CONTROLS}
+    for score in scores.values():
+        if isinstance(score.metric, ChoosyMetric):
+            score.metric.check(prompts)
+    return scores
 
 
 def want_negatives(scores: Mapping[str, PoolScore]) -> bool:

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from mitune.evaluation.statistics import Interval
+from mitune.report.style import STYLE, sheet
 
 Array = NDArray[np.float64]
 
@@ -26,25 +27,16 @@ Array = NDArray[np.float64]
 SERIES = tuple(f"series-{index}" for index in range(7))
 _NAMES = ("ink", "muted", "line", "good", "bad", "base", *SERIES)
 _PLACEHOLDER = {name: f"#fe01{index:02x}" for index, name in enumerate(_NAMES)}
-_STYLE: dict[Any, Any] = {
+_STYLE: dict[Any, Any] = STYLE | {
     "svg.fonttype": "none",
-    "text.parse_math": False,  # a dollar sign in a name is no formula
-    "font.size": 8.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
     "axes.edgecolor": _PLACEHOLDER["line"],
     "axes.labelcolor": _PLACEHOLDER["muted"],
-    "axes.linewidth": 0.8,
     "xtick.color": _PLACEHOLDER["line"],
     "ytick.color": _PLACEHOLDER["line"],
     "xtick.labelcolor": _PLACEHOLDER["muted"],
     "ytick.labelcolor": _PLACEHOLDER["muted"],
     "text.color": _PLACEHOLDER["ink"],
     "grid.color": _PLACEHOLDER["line"],
-    "grid.linewidth": 0.6,
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "axes.axisbelow": True,
 }
 
 
@@ -145,7 +137,7 @@ def _running_mean(values: Array, width: int) -> Array:
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = sheet(width, height)
     figure.patch.set_visible(False)
     axes = figure.add_subplot()
     axes.patch.set_visible(False)

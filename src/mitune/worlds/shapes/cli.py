@@ -9,7 +9,7 @@ import typer
 from typer import Argument, Option
 
 from mitune.cli.boundary import Commands, resumable
-from mitune.cli.options import Assignments, Device, Guidance, settings_of, stage
+from mitune.cli.options import Assignments, Device, Guidance, RunFolder, settings_of
 from mitune.errors import MituneError
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, help="The embedded shapes world: its models, prompts and judge.")
@@ -30,43 +30,41 @@ def shapes_prompts(
 
 
 @app.command(name="check")
+@resumable
 def shapes_check(
+    context: typer.Context,
     model: Annotated[
         str, Option("--model", "-m", help="shapes-sd, shapes-sd3, or a folder of such a model.")
     ] = "shapes-sd",
     scenes: Annotated[int, Option(min=1, help="Rendered scenes a category, for what the model knows.")] = 500,
     images: Annotated[int, Option(min=1, help="Samples a held-out prompt, for what it shows.")] = 4,
     guidance_scale: Guidance = None,
-    category: Annotated[list[str] | None, Option(help="Only this category. Repeatable.")] = None,
+    category: Annotated[str | None, Option(help="Only this category.")] = None,
     device: Device = None,
     assignments: Assignments = None,
+    run: RunFolder = Path("runs/shapes-check"),
     output: Annotated[Path | None, Option("--output", "-o", help="Also write the table here, as Markdown.")] = None,
 ) -> None:
     """What a model knows (prompt against its hard negatives, on rendered scenes) and what it shows (its samples).
 
+    It is `mitune bench knows` on the world's held-out prompts.
+
     Example:  mitune shapes check --model shapes-sd --scenes 100
     """
-    from mitune.denoiser.opening.models import load_model
-    from mitune.run.store import write_bytes
-    from mitune.worlds.shapes.check import check_category, markdown
-    from mitune.worlds.shapes.grammar import CATEGORIES
+    from mitune.cli.bench import bench_knows
 
-    unknown = set(category or ()) - set(CATEGORIES)
-    if unknown:
-        raise MituneError(f"Unknown category {min(unknown)!r}; choose from {', '.join(CATEGORIES)}.")
-    options = {"model.name": model, "model.guidance_scale": guidance_scale, "model.device": device}
-    loaded = load_model(settings_of(None, None, assignments, options).model)
-    checks = []
-    wanted = category or list(CATEGORIES)
-    with stage(f"Checking {model}") as step:
-        for done, name in enumerate(wanted):
-            step(done, len(wanted))
-            checks.append(check_category(loaded, name, scenes=scenes, images=images))
-        step(len(wanted), len(wanted))
-    table = markdown(checks)
-    typer.echo(table)
-    if output is not None:
-        write_bytes(output, table.encode())
+    bench_knows(
+        context,
+        model=[model],
+        guidance_scale=None if guidance_scale is None else [guidance_scale],
+        prompts="shapes:heldout" if category is None else f"shapes:heldout/{category}",
+        scenes=scenes,
+        images=images,
+        device=device,
+        assignments=assignments,
+        run=run,
+        output=output,
+    )
 
 
 @app.command(name="figure")

@@ -57,6 +57,11 @@ class Verdict:
     scene: Scene
 
     @property
+    def right(self) -> bool:
+        """Exact, and well drawn."""
+        return self.exact and not self.malformed
+
+    @property
     def missed(self) -> tuple[str, ...]:
         return tuple(part for part, met in self.parts if not met)
 
