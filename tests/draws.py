@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 from scipy.stats import t as student
 from torch import Tensor
 
-from mitune.bench.truth import network
 from mitune.config.schema import ModelConfig
 from mitune.denoiser.opening.models import Model, load_model
 from mitune.denoiser.path import path_of
@@ -30,6 +29,7 @@ from mitune.information import Estimator, LogisticProposal, alpha_sigma, point_w
 from mitune.scoring import default_proposal
 from mitune.worlds.shapes.grammar import sample_prompt
 from mitune.worlds.shapes.scene import picture, sample_scene
+from mitune.worlds.shapes.truth_study import network
 
 FILE = Path(__file__).parent / "draws.parquet"
 MODELS = {"shapes-sd": 24, "shapes-sd3": 16}  # draws in each cell

@@ -10,25 +10,17 @@ import pyarrow.parquet as pq
 import pytest
 
 from mitune.bench.knows import Knowledge, knowledge, markdown, prediction
-from mitune.bench.select import (
-    BOUND,
-    FAILURES,
-    PLACED,
-    TOO_LITTLE,
-    TOO_MUCH,
-    SelectConfig,
-    failures_of,
-    run_study,
-    some_of_each,
-)
+from mitune.bench.select import SelectConfig, run_study, some_of_each
 from mitune.bench.select_figures import gap_figure, tau_figure
 from mitune.bench.select_summary import only, summarize_study
 from mitune.bench.select_tables import SHOWN, prediction_of, tables_of
 from mitune.bench.variants import COMBINATIONS, CONTRASTS, FREE
 from mitune.config.schema import ModelConfig
 from mitune.errors import MituneError
+from mitune.evaluation.metrics.base import BOUND, FAILURES, PLACED, TOO_LITTLE, TOO_MUCH
 from mitune.evaluation.statistics import Share, bootstrap_ratio
 from mitune.run.store import write_json
+from mitune.worlds.shapes.failures import failures_of
 from mitune.worlds.shapes.grammar import CATEGORIES, parse
 from mitune.worlds.shapes.judge import judge
 from mitune.worlds.shapes.metric import ShapesMetric

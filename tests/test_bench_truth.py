@@ -10,9 +10,6 @@ import pytest
 import torch
 from torch import Generator
 
-from mitune.bench import truth, truth_tables
-from mitune.bench.truth import ASKED, CAPTION, UNRELATED, ask, noisy_end, study
-from mitune.bench.truth_tables import calibration_figure, correlation, tables_of
 from mitune.config.schema import ModelConfig
 from mitune.denoiser.opening.models import load_model
 from mitune.denoiser.path import path_of
@@ -21,9 +18,13 @@ from mitune.errors import MituneError
 from mitune.evaluation.statistics import kendall_tau, spearman
 from mitune.information import Estimate, LogisticProposal, alpha_sigma, point_wise_draws, true_noise
 from mitune.scoring import default_proposal, score
+from mitune.worlds.shapes import truth_study as truth
+from mitune.worlds.shapes import truth_tables
 from mitune.worlds.shapes.grammar import COLORS, SHAPES, TEXTURES, parse
 from mitune.worlds.shapes.scene import picture, sample_scene
 from mitune.worlds.shapes.truth import Truth
+from mitune.worlds.shapes.truth_study import ASKED, CAPTION, UNRELATED, ask, noisy_end, study
+from mitune.worlds.shapes.truth_tables import calibration_figure, correlation, tables_of
 
 
 @pytest.fixture(scope="module")

@@ -25,8 +25,8 @@ def members(kind):
 
 def is_named(node, name):
     """Whether an expression is `pipe`, `text_pipe`, `self.pipe`, `model.pipe`, …"""
-    own = node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
-    return own == name or own.endswith(f"_{name}")
+    last = node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
+    return last == name or last.endswith(f"_{name}") or (name == "scheduler" and last == "tables")
 
 
 def uses(file, name):

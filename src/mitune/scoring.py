@@ -100,9 +100,9 @@ def score(
     packed = are_packed(pipe, latents)
     chunks = []
     for start in range(0, len(prompts), batch_size):
-        some = slice(start, start + batch_size)
-        given = latents[some].to(denoiser.device)
-        passes = passes_of(pipe, prompts[some], call or {}, latents=latents[some])
+        rows = slice(start, start + batch_size)
+        given = latents[rows].to(denoiser.device)
+        passes = passes_of(pipe, prompts[rows], call or {}, latents=latents[rows])
         chunk = point_wise_draws(
             _predict(denoiser, passes, packed=packed),
             given.transpose(1, 2) if packed else given,

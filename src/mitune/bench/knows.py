@@ -22,7 +22,7 @@ from mitune.bench.pages import page
 from mitune.config.schema import ModelConfig
 from mitune.denoiser.opening.identity import model_identity
 from mitune.denoiser.opening.models import Model, load_model
-from mitune.denoiser.pictures import decode
+from mitune.denoiser.pictures import decode, encode_images
 from mitune.denoiser.sampling import Request, candidate_seed, generate_all
 from mitune.errors import MituneError
 from mitune.evaluation.comparison import POOLED, summarize
@@ -32,8 +32,7 @@ from mitune.evaluation.tables import interval, number, table
 from mitune.pool.evidence import told_apart
 from mitune.run.locks import sole_worker
 from mitune.run.store import DAMAGED, claim, write_json
-from mitune.worlds.base import Listed, Negative
-from mitune.worlds.shapes.rendered import rendered_scenes
+from mitune.worlds.base import Listed, Negative, WorldOfScenes, world_of_prompt
 
 Progress = Callable[[int, int], None]
 Negatives = Mapping[str, Sequence[Negative]]  # by prompt
@@ -78,7 +77,7 @@ def knowledge(
 ) -> list[Knowledge]:
     """The shares by category for each of the models, given with their guidance scales.
 
-    `scenes` rendered scenes a category, 0 where prompts are not of the shapes world; `images` samples a prompt. What
+    `scenes` rendered scenes a category, none where prompts are of no world of scenes; `images` samples a prompt. What
     `folder` holds already is not made again. Raises MituneError for a folder of other settings, of another process, or
     a damaged one.
     """
@@ -102,8 +101,9 @@ def knowledge(
                     texts = [listed.text for listed in prompts if listed.category == category]
                     own = _samples(model, texts, rivals, metric, images, seed, batch_size)
                     of_scenes = next((_of_scenes(k) for k in known.values() if k.key[:2] == key[:2]), None)
-                    if scenes and of_scenes is None:
-                        of_scenes = _rendered(model, category, negatives, scenes, seed, batch_size)
+                    world = world_of_prompt(texts[0])
+                    if scenes and of_scenes is None and isinstance(world, WorldOfScenes):
+                        of_scenes = _rendered(model, world, category, negatives, scenes, seed, batch_size)
                     known[key] = Knowledge(
                         model=settings.name,
                         category=category,
@@ -136,10 +136,17 @@ def _of_scenes(known: Knowledge) -> dict[str, Any]:
 
 
 def _rendered(
-    model: Model, category: str, negatives: Callable[[str], Sequence[Negative]], scenes: int, seed: int, batch_size: int
+    model: Model,
+    world: WorldOfScenes,
+    category: str,
+    negatives: Callable[[str], Sequence[Negative]],
+    scenes: int,
+    seed: int,
+    batch_size: int,
 ) -> dict[str, Any]:
     """Of rendered scenes, those whose prompt beats all its hard negatives, and the same by kind of these."""
-    prompts, latents = rendered_scenes(model, category, scenes, seed)
+    prompts, pictures = world.rendered(category, scenes, seed)
+    latents = encode_images(model.pipe, pictures, model.call)
     of_prompt = {prompt: list(negatives(prompt)) for prompt in prompts}
     rivals = {prompt: [negative.prompt for negative in listed] for prompt, listed in of_prompt.items()}
     beaten = told_apart(model, latents, prompts, rivals, draws=DRAWS, seed=seed, batch_size=batch_size)

@@ -17,12 +17,14 @@ import pyarrow as pa
 import torch
 
 from mitune.bench.pages import page
+from mitune.bench.select import judge_of
 from mitune.config.schema import GRADUAL, ModelConfig, Rungs
 from mitune.denoiser.opening.identity import model_identity, settings_that_matter
 from mitune.denoiser.opening.models import Model, load_model
 from mitune.denoiser.pictures import decode
 from mitune.denoiser.probe import MIProbe
 from mitune.denoiser.sampling import Request, candidate_seed, generate
+from mitune.evaluation.metrics.base import judge
 from mitune.evaluation.rows import numbers
 from mitune.evaluation.statistics import Array, Interval, bootstrap, bootstrap_ratio, share_of_gain
 from mitune.evaluation.tables import interval, table
@@ -37,7 +39,6 @@ from mitune.run.records import Records
 from mitune.run.store import claim
 from mitune.run.stores.folder import Folder
 from mitune.worlds.base import Listed
-from mitune.worlds.shapes.judge import judge
 
 SHOWN = ("contrast", "self-confidence", "log-likelihood-ratio", "mi-tune", "rfmi", "early")
 SCHEDULES: Mapping[str, Rungs] = MappingProxyType(
@@ -130,13 +131,13 @@ def _run(model: Model, prompt: str, config: RaceConfig) -> pa.Table:
     batch = generate(model, [Request(prompt=prompt, seed=seed) for seed in seeds], config.batch_size, note)
     so_far[-1] = {name: score.values(batch.trace) for name, score in SCORES.items()}
     latents = batch.latents.nan_to_num()
-    verdicts = [judge(np.asarray(image), prompt) for image in decode(model, latents)]
+    judgments = judge(judge_of(prompt), list(decode(model, latents)), [prompt] * config.candidates)
     second, known = CONTRAST.contrast, rivals_of(prompt, ())
     rivals = {kind: known[kind] for kind in second.rivals}
     evidence = gather(model, latents, prompt, rivals, band=second.band, seed=config.seed, batch_size=config.batch_size)
     columns = {name: torch.stack([scores[name] for scores in so_far], dim=1).tolist() for name in SCORES}
     columns[NAME] = second.of_needed(evidence).tolist()
-    return pa.table({"exact": [verdict.right for verdict in verdicts]} | columns)
+    return pa.table({"exact": [judgment.right for judgment in judgments]} | columns)
 
 
 def replay(scores: Array, rungs: Rungs) -> tuple[list[int], int]:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
@@ -24,6 +23,7 @@ from mitune.denoiser.opening.models import Model, load_model
 from mitune.denoiser.pictures import decode
 from mitune.denoiser.sampling import Request, candidate_seed, generate_all
 from mitune.errors import MituneError
+from mitune.evaluation.metrics.base import FAILURES, MALFORMED, ImageMetric, judge
 from mitune.information import Trace
 from mitune.information.contrast import ASKED, LOG_SNR_RANGE, Evidence
 from mitune.pool.evidence import DRAWS, gather
@@ -32,18 +32,10 @@ from mitune.run.locks import sole_worker
 from mitune.run.records import Records
 from mitune.run.store import claim, write_table
 from mitune.run.stores.folder import Folder
-from mitune.worlds.base import Listed
-from mitune.worlds.shapes.grammar import Prompt, parse
-from mitune.worlds.shapes.judge import Verdict, judge
-from mitune.worlds.shapes.negatives import wider_negatives
+from mitune.worlds.base import Listed, WorldOfScenes, world_of_prompt
 
 Progress = Callable[[int, int], None]
 _KINDS = (ASKED, NEGATIVES, WIDER, OTHERS, WORDS, NULL)  # in records by their place
-
-TOO_MUCH, TOO_LITTLE, BOUND, PLACED, MALFORMED = (
-    "too much", "too little", "wrongly bound", "wrongly placed", "malformed",
-)  # fmt: skip
-FAILURES = (TOO_MUCH, TOO_LITTLE, BOUND, PLACED, MALFORMED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,34 +55,6 @@ class SelectConfig:
 # --- Making the records ------------------------------------------------------------------------------------------
 
 
-def failures_of(verdict: Verdict, prompt: Prompt) -> set[str]:
-    """How an image misses its prompt; empty where it is exactly right.
-
-    Too much: an object that nobody asked for, or too many of one. Too little: too few of one. Bound: an object is
-    there without its color or texture. Placed: the two objects are there, but not as the relation says. A malformed
-    drawing says nothing about meaning and is only that.
-    """
-    if verdict.malformed:
-        return {MALFORMED}
-    found = set()
-    asked = {phrase.shape: phrase.count for phrase in prompt.phrases}
-    shown = {shape: sum(o.shape == shape for o in verdict.scene) for shape in asked}
-    if any(o.shape not in asked for o in verdict.scene) or any(shown[s] > asked[s] for s in asked):
-        found.add(TOO_MUCH)
-    if any(shown[s] < asked[s] for s in asked):
-        found.add(TOO_LITTLE)
-    for phrase in prompt.phrases:
-        own = [o for o in verdict.scene if o.shape == phrase.shape]
-        if any(phrase.color not in (None, o.color) or phrase.texture not in (None, o.texture) for o in own):
-            found.add(BOUND)
-    first_two = [phrase.shape for phrase in prompt.phrases[:2]]
-    if prompt.relation and all(shown[shape] == 1 for shape in first_two):
-        placed = f"{first_two[0]} {prompt.relation} {first_two[1]}"
-        if placed in verdict.missed:
-            found.add(PLACED)
-    return found
-
-
 def run_study(
     models: Sequence[ModelConfig],
     prompts: Sequence[Listed],
@@ -102,10 +66,11 @@ def run_study(
     """Fills `folder` with records for each of the models, given with their guidance scales; returns the table.
 
     The table has one row a candidate: where it is from, the judge's verdict, "score.<name>" and "calls.<name>" (extra
-    denoiser calls a candidate) of every score. Raises MituneError for a prompt outside the shapes world and for a
+    denoiser calls a candidate) of every score. Raises MituneError for a prompt that no world judges and for a
     folder of other settings or of another process.
     """
     texts = [listed.text for listed in prompts]
+    metrics = {text: judge_of(text) for text in texts}
     rivals = {text: all_rivals(text, texts, config.seed) for text in texts}
     tables, total = [], len(models) * len(prompts)
     with sole_worker(folder):
@@ -119,7 +84,9 @@ def run_study(
             for number, listed in enumerate(prompts):
                 record = records.read(number)
                 if record is None:
-                    records.write(number, *_record(model, listed.text, rivals[listed.text], config))
+                    records.write(
+                        number, *_record(model, listed.text, rivals[listed.text], metrics[listed.text], config)
+                    )
                     record = records.read(number)
                 if record is not None:
                     where = {"model": settings.name, "guidance_scale": scale, "calls.making": 2.0 * model.steps}
@@ -132,13 +99,25 @@ def run_study(
     return target
 
 
+def judge_of(prompt: str) -> ImageMetric:
+    """The judge of the world that a prompt is one of. Raises MituneError where it is of none."""
+    world = world_of_prompt(prompt)
+    if world is None:
+        raise MituneError(f"{prompt!r} is a prompt of no known world, so nothing judges it; study shapes:heldout.")
+    return world.metric
+
+
 def all_rivals(prompt: str, prompts: Sequence[str], seed: int) -> dict[str, list[str]]:
     """Rivals of a prompt, also those that ask for more or for something else; in the order of the records."""
-    rivals = rivals_of(prompt, prompts, seed=seed) | {WIDER: [n.prompt for n in wider_negatives(prompt)]}
+    world = world_of_prompt(prompt)
+    wider: list[str] = [n.prompt for n in world.wider_negatives(prompt)] if isinstance(world, WorldOfScenes) else []
+    rivals = rivals_of(prompt, prompts, seed=seed) | {WIDER: wider}
     return {kind: rivals[kind] for kind in _KINDS if kind in rivals}
 
 
-def _record(model: Model, prompt: str, rivals: Rivals, config: SelectConfig) -> tuple[pa.Table, dict[str, Tensor]]:
+def _record(
+    model: Model, prompt: str, rivals: Rivals, metric: ImageMetric, config: SelectConfig
+) -> tuple[pa.Table, dict[str, Tensor]]:
     """Makes, judges and questions the candidates of a prompt."""
     seeds = [candidate_seed(config.seed, prompt, j) for j in range(config.candidates)]
     requests = [Request(prompt=prompt, seed=seed) for seed in seeds]
@@ -148,19 +127,18 @@ def _record(model: Model, prompt: str, rivals: Rivals, config: SelectConfig) -> 
     for batch in batches:
         for name, values in batch.trace.to_columns().items():
             terms.setdefault(name, []).extend(values)
-    verdicts = [judge(np.asarray(image), prompt) for image in decode(model, latents)]
+    judgments = judge(metric, list(decode(model, latents)), [prompt] * config.candidates)
     evidence = gather(
         model, latents, prompt, rivals, draws=config.draws, seed=config.seed, batch_size=config.batch_size
     )
-    failures = [failures_of(verdict, parse(prompt)) for verdict in verdicts]
     columns: dict[str, list[Any]] = {
         "prompt": [prompt] * config.candidates,
         "candidate": list(range(config.candidates)),
         "seed": seeds,
-        "exact": [verdict.exact for verdict in verdicts],
-        "graded": [verdict.graded for verdict in verdicts],
-        "malformed": [verdict.malformed for verdict in verdicts],
-        **{name: [name in found for found in failures] for name in FAILURES if name != MALFORMED},
+        "exact": [judgment.exact for judgment in judgments],
+        "graded": [judgment.graded for judgment in judgments],
+        "malformed": [judgment.malformed for judgment in judgments],
+        **{name: [name in judgment.failures for judgment in judgments] for name in FAILURES if name != MALFORMED},
     }
     tensors = {"errors": evidence.errors, "distances": evidence.distances, "log_snr": evidence.log_snr}
     tensors["kinds"] = torch.tensor([_KINDS.index(kind) for kind in evidence.kinds])

@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from mitune.bench.select import FAILURES
 from mitune.evaluation.comparison import POOLED
+from mitune.evaluation.metrics.base import FAILURES
 from mitune.evaluation.ranking import best_share
 from mitune.evaluation.rows import flags, numbers, right
 from mitune.evaluation.statistics import Array, Interval, Share, bootstrap, bootstrap_ratio, kendall_tau

@@ -28,10 +28,11 @@ app = typer.Typer(
 )
 app.add_typer(method.app)
 app.add_typer(listing.app)
-app.add_typer(bench.app, name="bench")
 for name, world in zip(WORLDS.rows, worlds(), strict=True):
     if isinstance(world, WorldWithCommands):
         app.add_typer(_APPS.resolve(world.commands), name=name)
+        bench.app.add_typer(_APPS.resolve(world.benchmarks))
+app.add_typer(bench.app, name="bench")
 
 
 @app.callback()

@@ -31,7 +31,7 @@ app = typer.Typer(
 )
 
 
-def _models(
+def models_of(
     names: list[str] | None,
     scales: Sequence[float | None] | None,
     device: str | None,
@@ -130,21 +130,21 @@ def bench_knows(
     from mitune.prompts.lists import load_prompts
     from mitune.prompts.negatives import hard_negatives, load_negatives
     from mitune.run.store import write_bytes
-    from mitune.worlds.shapes.metric import ShapesMetric
+    from mitune.worlds.base import within
 
-    models = _models(model, guidance_scale, device, assignments)
+    models = models_of(model, guidance_scale, device, assignments)
     for loaded in map(load_model, models[:: len(guidance_scale or [1])]):  # each once: they may read texts unlike
         listed = load_prompts(prompts, loaded, prompt_field)
         own = load_negatives(Path(negatives), loaded) if negatives is not None else None
-    embedded = prompts.startswith("shapes:")
+    named = within(prompts)
     with stage("Asking what is known") as step:
         found = knowledge(
             models,
             listed,
             run,
             negatives=lambda prompt: hard_negatives(prompt, own),
-            metric=ShapesMetric() if embedded else None,
-            scenes=scenes if embedded else 0,
+            metric=named[0].metric if named else None,
+            scenes=scenes if named else 0,
             images=images,
             seed=seed,
             progress=step,
@@ -193,7 +193,7 @@ def bench_select(
     from mitune.run.store import write_bytes
 
     config = SelectConfig(candidates=candidates, draws=draws, seed=seed)
-    models = _models(model, guidance_scale, device, assignments)
+    models = models_of(model, guidance_scale, device, assignments)
     with stage("Making and scoring candidates") as step:
         table = run_study(models, some_of_each(load_prompts(prompts), per_category), run, config, progress=step)
     result = summarize_study(pq.read_table(table))
@@ -268,47 +268,11 @@ def bench_race(
 
     names, listed = model or ["shapes-sd"], some_of_each(load_prompts(prompts), per_category)
     outcomes, studies = [], {}
-    for name, settings in zip(names, _models(names, [guidance_scale], device, assignments, steps=steps), strict=True):
+    for name, settings in zip(names, models_of(names, [guidance_scale], device, assignments, steps=steps), strict=True):
         with stage(f"Making candidates with {name}") as step:
             config = RaceConfig(candidates=candidates, seed=seed)
             runs = studies[Path(name).name] = run_study(settings, listed, run / Path(name).name, config, step)
         outcomes += [outcome_of(runs, Path(name).name, score, schedule) for score in SHOWN for schedule in SCHEDULES]
     text = page_of(markdown(outcomes, candidates, steps), budgets(studies), made_by(context))
     write_bytes(output, text.encode())
-    say("Tables", output)
-
-
-@app.command(name="truth")
-def bench_truth(
-    context: typer.Context,
-    model: Annotated[
-        list[str] | None, Option("--model", "-m", help="An embedded model, or a folder of such a one. Repeatable.")
-    ] = None,
-    scenes: Annotated[int, Option(min=2, help="Rendered scenes a category.")] = 40,
-    draws: Annotated[int, Option(min=4, help="Noisings of each scene and prompt, a multiple of 4.")] = 64,
-    seed: Annotated[int, Option(help="Seed of scenes and noise.")] = 0,
-    device: Device = None,
-    assignments: Assignments = None,
-    output: Annotated[Path, Option("--output", "-o", help="Markdown; the plots go beside it.")] = Path("truth.md"),
-) -> None:
-    """Is the number right? Estimates on rendered scenes against the exact mutual information of the shapes world.
-
-    Example:  mitune bench truth -m shapes-sd -m shapes-sd3 --scenes 40 --output docs/truth.md
-    """
-    from mitune.bench.pages import page
-    from mitune.bench.truth import study
-    from mitune.bench.truth_tables import calibration_figure, tables_of
-    from mitune.denoiser.opening.models import load_model
-    from mitune.run.store import write_bytes
-
-    names = model or ["shapes-sd"]
-    sections: list[str] = []
-    for name, settings in zip(names, _models(names, None, device, assignments), strict=True):
-        loaded = load_model(settings)
-        with stage(f"Estimating with {name}") as step:
-            found = study(loaded, scenes=scenes, draws=draws, seed=seed, progress=step)
-        figure = output.with_name(f"{output.stem}-{Path(name).name}.png")
-        write_bytes(figure, calibration_figure(found))
-        sections.append(tables_of(found, figure.name))
-        write_bytes(output, page("truth", command=made_by(context), sections="\n".join(sections)).encode())
     say("Tables", output)

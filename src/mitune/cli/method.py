@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.text import Text
@@ -43,6 +43,9 @@ from mitune.config.ranges import ends_of
 from mitune.config.resolve import differences
 from mitune.config.schema import GRADUAL, Config, RaceSetting
 from mitune.errors import MituneError
+
+if TYPE_CHECKING:
+    from mitune.pool.build import PoolResult
 
 app = typer.Typer()
 
@@ -195,6 +198,10 @@ def pool(
             identity=model_identity(config.model, adapter),
             progress=step,
         )
+    _say_pool(result)
+
+
+def _say_pool(result: PoolResult) -> None:
     if not result.sets:
         console.print("This shard is done; the sets are written when all prompts have their records.")
     for name, folder in result.sets.items():

@@ -75,8 +75,8 @@ class Checks:
 
     def _check_time(self, step: Step, timestep: float) -> None:
         family, total = self.family, float(self.pipe.scheduler.config.num_train_timesteps)
-        told = step.timestep.flatten().float()
-        ends = torch.stack([told.min(), told.max()]).tolist()
+        times = step.timestep.flatten().float()
+        ends = torch.stack([times.min(), times.max()]).tolist()
         if any(
             abs((end - family.timestep_offset) / family.timestep_factor - timestep) > ROUNDING * total for end in ends
         ):

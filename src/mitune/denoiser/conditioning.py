@@ -108,13 +108,13 @@ class Conditioning:
             *lengths, call = kind.tolist()
             places = (kinds == kind).all(dim=1).nonzero().flatten()
             part = self if len(places) == len(self) else self.take(places)
-            told = dict(part.rows)
+            tensors = dict(part.rows)
             for name, length in zip(ragged, lengths, strict=True):
                 if length == ABSENT:
-                    del told[name]
+                    del tensors[name]
                 else:
-                    told[name] = told[name][:, :length]
-            values = {name: part._formed(name, value) for name, value in told.items()}
+                    tensors[name] = tensors[name][:, :length]
+            values = {name: part._formed(name, value) for name, value in tensors.items()}
             yield places, nested(values | dict(self.shared[call].tensors), self.shared[call].plain)
 
     def _formed(self, name: str, value: Tensor) -> Tensor | list[Tensor]:

@@ -59,13 +59,13 @@ class NetworkDenoiser:
         """See `Denoiser.prediction`."""
         family, dtype = family_of(self.network), self.network.dtype
         z = noisy.to(self.device)
-        told = family.timestep_factor * timesteps.to(self.device) + family.timestep_offset
+        times = family.timestep_factor * timesteps.to(self.device) + family.timestep_offset
 
         def call(rows: Tensor | slice, arguments: dict[str, Any]) -> Tensor:
             given = z[rows].to(dtype)
             output = self.network(
                 list(given.unsqueeze(2)) if family.listed else given,
-                **{family.timestep_name: told[rows]},
+                **{family.timestep_name: times[rows]},
                 **arguments,
                 return_dict=False,
             )[0]

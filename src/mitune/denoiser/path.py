@@ -10,7 +10,7 @@ import logging
 import math
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import cast
 
 import torch
 from diffusers import (
@@ -30,6 +30,7 @@ from diffusers import (
 )
 from torch import Tensor
 
+from mitune.denoiser.pipeline import OptionalSchedulerMembers, Scheduler
 from mitune.errors import MituneError
 from mitune.information import Predicts, alpha_sigma
 
@@ -165,7 +166,7 @@ class NoisePath:
         return (alpha.reshape(shape) * latents + sigma.reshape(shape) * noise).to(latents.dtype)
 
 
-def path_of(scheduler: Any) -> NoisePath:
+def path_of(scheduler: Scheduler) -> NoisePath:
     """The path of a diffusers scheduler and of the sampling run that it is set to.
 
     Known: the flow-matching Euler, Heun and LCM schedulers, and every scheduler with a table of ᾱ (DDPM, DDIM, PNDM,
@@ -199,12 +200,13 @@ def path_of(scheduler: Any) -> NoisePath:
         steps = torch.arange(training_steps - 1, -1, -1).float()
     else:
         steps = scheduler.timesteps.detach().float().cpu()
+    tables = cast(OptionalSchedulerMembers, scheduler)
     path = NoisePath(
         predicts=_PREDICTS[prediction],
         is_flow=is_flow,
         training_steps=training_steps,
-        training_log_snr=None if is_flow else _vp_log_snr(scheduler.alphas_cumprod),
-        betas=None if is_flow else scheduler.betas.detach().float().cpu(),
+        training_log_snr=None if is_flow else _vp_log_snr(tables.alphas_cumprod),
+        betas=None if is_flow else tables.betas.detach().float().cpu(),
         steps=steps,
         steps_sigma=_steps_sigma(scheduler, len(steps)),
         strides=_strides(scheduler, len(steps)),
@@ -212,7 +214,7 @@ def path_of(scheduler: Any) -> NoisePath:
     return replace(path, caution=_caution(scheduler, path))
 
 
-def _steps_sigma(scheduler: Any, steps: int) -> Tensor | None:
+def _steps_sigma(scheduler: Scheduler, steps: int) -> Tensor | None:
     """σ of each step from the scheduler's table, (steps,); None where it has none, or has not been set to a run."""
     sigmas = getattr(scheduler, "sigmas", None)
     # With its final σ, a table has one entry more than there are steps. Before a run some run the other way.
@@ -225,7 +227,7 @@ def _steps_sigma(scheduler: Any, steps: int) -> Tensor | None:
     return sigma
 
 
-def _strides(scheduler: Any, steps: int) -> Tensor | None:
+def _strides(scheduler: Scheduler, steps: int) -> Tensor | None:
     """How far each step of a run goes down, (steps,), for schedulers that do not go to the next of their timesteps."""
     count = getattr(scheduler, "num_inference_steps", None)
     if not isinstance(scheduler, _STRIDING) or count is None:
@@ -244,7 +246,7 @@ def _made_for(told: Tensor, strides: Tensor) -> Tensor:
     return torch.cat([told[:1], told[:-1] - strides[: len(told) - 1]])
 
 
-def _caution(scheduler: Any, path: NoisePath) -> str | None:
+def _caution(scheduler: Scheduler, path: NoisePath) -> str | None:
     """A sentence for a run in which the scheduler takes its latents for those of another timestep than it made them
     for, and tells the denoiser so."""
     if path.strides is None:
@@ -254,7 +256,8 @@ def _caution(scheduler: Any, path: NoisePath) -> str | None:
     if not apart.any():
         return None
     distance = (path.log_snr(made_for[apart]) - path.log_snr(path.steps[apart])).abs().max()
-    total, count = int(scheduler.config.num_train_timesteps), int(scheduler.num_inference_steps)
+    total = int(scheduler.config.num_train_timesteps)
+    count = cast(OptionalSchedulerMembers, scheduler).num_inference_steps or total
     spacing = scheduler.config.timestep_spacing
     remedy = "the scheduler's timestep_spacing 'leading'"
     if isinstance(scheduler, PNDMScheduler) and not scheduler.config.skip_prk_steps:

@@ -52,17 +52,17 @@ def predicted_latents(steps: Sequence[Step], path: NoisePath, family: Family) ->
 def _levels(steps: Sequence[Step], path: NoisePath, family: Family) -> tuple[Tensor, Tensor, Tensor]:
     """The scheduler's timesteps of these steps, λ of the latents, and λ that they and the outputs are taken for, (T,)
     each."""
-    told = torch.stack([step.timestep.flatten()[0] for step in steps]).float().cpu()
-    told = (told - family.timestep_offset) / family.timestep_factor
-    timestep, log_snr = path.at_steps(told)
+    times = torch.stack([step.timestep.flatten()[0] for step in steps]).float().cpu()
+    times = (times - family.timestep_offset) / family.timestep_factor
+    timestep, log_snr = path.at_steps(times)
     # Half precision rounds t by 0.4 % at the most. Anything else would put the terms at a wrong λ.
-    astray = (told - timestep).abs().max() > ROUNDING * path.training_steps
-    if astray or (path.places(told).diff() != 1).any():
+    astray = (times - timestep).abs().max() > ROUNDING * path.training_steps
+    if astray or (path.places(times).diff() != 1).any():
         raise MituneError(
-            f"The denoiser was told the time {told[0]:g} at the first step, which is none of its scheduler's; mitune "
+            f"The denoiser was told the time {times[0]:g} at the first step, which is none of its scheduler's; mitune "
             "does not know this kind of model. Please report it."
         )
-    return timestep, log_snr, path.taken_at(told)
+    return timestep, log_snr, path.taken_at(times)
 
 
 def _trace(terms: Tensor, timestep: Tensor, log_snr: Tensor, path: NoisePath, *, dimensions: int) -> Trace:

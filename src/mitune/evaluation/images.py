@@ -20,15 +20,14 @@ from torch import Tensor
 from mitune.config.schema import Config
 from mitune.denoiser.opening.identity import model_identity, settings_that_matter
 from mitune.denoiser.opening.models import Model, adapter_checksum, guidance_name, load_model
+from mitune.denoiser.pictures import check_pictures
 from mitune.errors import MituneError
 from mitune.evaluation.variant import Variant
 from mitune.information import SCORES
 from mitune.pool.sampled import prompts_together, sample
 from mitune.run.executors.base import Executor
-from mitune.run.executors.local import Local
-from mitune.run.executors.shards import Shards
 from mitune.run.locks import one_of_many, waiting
-from mitune.run.making import Making
+from mitune.run.making import make_records
 from mitune.run.records import Records
 from mitune.run.store import claim
 from mitune.run.stores.base import Store
@@ -59,16 +58,14 @@ def make_images(
         "eval": settings_that_matter(config.eval),
         "prompts": list(prompts),
     }
-    own = len(range(shard[0], len(prompts), shard[1]))
     with one_of_many(folder, shard):
         with waiting(folder):
             claim(folder, settings, "verdict")
         for variant in variants:
             records = image_records(folder, variant, store)
             with stages(f"Making images of {variant.name}") as progress:
-                task = Making(ImageMaker(config, prompts, variant), records, items=own, progress=progress)
-                for _ in Shards(*shard, executor or Local()).map(task, range(len(prompts))):
-                    pass
+                maker = ImageMaker(config, prompts, variant)
+                make_records(maker, records, len(prompts), shard=shard, executor=executor, progress=progress)
     numbers = [image_records(folder, variant, store).numbers() for variant in variants]
     return all(there.issuperset(range(len(prompts))) for there in numbers)
 
@@ -105,6 +102,7 @@ class ImageMaker:
     @cached_property
     def _model(self) -> Model:
         model = load_model(self.config.model, adapter=self.variant.adapter)
+        check_pictures(model)  # now rather than when all images are there to be judged
         if self.variant.guidance_scale is None:
             return model
         return replace(model, call=model.call | {guidance_name(type(model.pipe)): self.variant.guidance_scale})

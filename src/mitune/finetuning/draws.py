@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from mitune.config.schema import FinetuneConfig
 from mitune.denoiser.path import NoisePath
+from mitune.denoiser.pipeline import Scheduler
 from mitune.finetuning.dataset import TrainingSet
 from mitune.finetuning.objectives.base import Batch
 
@@ -76,7 +76,7 @@ def _worse(images: TrainingSet, rows: Tensor, generator: torch.Generator) -> Ten
     return torch.multinomial(behind.float(), 1, generator=generator).flatten()
 
 
-def shift_of(scheduler: Any) -> float:
+def shift_of(scheduler: Scheduler) -> float:
     """The constant by which a flow scheduler shifts σ; 1 where it has none, or one that depends on the resolution."""
     if scheduler.config.get("use_dynamic_shifting"):
         return 1.0

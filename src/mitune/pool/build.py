@@ -30,10 +30,8 @@ from mitune.pool.scores import own_negatives, scores_of
 from mitune.pool.selection import ORACLE, parse_rule
 from mitune.prompts.lists import check_prompts
 from mitune.run.executors.base import Executor
-from mitune.run.executors.local import Local
-from mitune.run.executors.shards import Shards
 from mitune.run.locks import one_of_many, waiting
-from mitune.run.making import Making
+from mitune.run.making import make_records
 from mitune.run.records import Records
 from mitune.run.store import claim
 from mitune.run.stores.base import Store
@@ -92,10 +90,9 @@ def build_pool(
             "metric (--metric)."
         )
     race = race_of(config.race, rules, scores, candidates=config.candidates, keep=config.keep)
-    made_by = dict(identity or loaded_identity(model))
+    made_by, tally, began = dict(identity or loaded_identity(model)), _Tally(model), time.monotonic()
     settings = {"model": made_by, "prompts": list(prompts), "pool": settings_that_matter(config)} | metric_claim(metric)
     with one_of_many(folder, shard):
-        began = time.monotonic()
         with waiting(folder):
             claim(folder, settings, "pool")
         records = Records(store(folder / "records"))
@@ -105,21 +102,18 @@ def build_pool(
             assembly.require_room()
         batch_size = BatchSize.begin(folder, config, model)
         maker = PoolMaker(model, prompts, config, rules, scores, negatives, race, metric, batch_size)
-        tally, own = _Tally(model), len(range(shard[0], len(prompts), shard[1]))
-        task = Making(maker, records, items=own, progress=progress, watch=tally.add)
-        for _ in Shards(*shard, executor or Local()).map(task, range(len(prompts))):
-            pass
+        make_records(maker, records, len(prompts), shard=shard, executor=executor, progress=progress, watch=tally.add)
         with waiting(folder):
             table = assembly.run(records, len(prompts))
     return PoolResult(
         folder=folder,
         table=folder / TABLE,
         sets=sets if table is not None else {},
-        candidates=own * config.candidates,
+        candidates=len(tally.steps),
         broken=table["status"].to_pylist().count("nan") if table is not None else 0,
         seconds=time.monotonic() - began,
         denoiser_calls=sum(tally.steps) + round(tally.further),
-        unraced_calls=own * config.candidates * max(tally.steps, default=0) + round(tally.further),
+        unraced_calls=len(tally.steps) * max(tally.steps, default=0) + round(tally.further),
     )
 
 

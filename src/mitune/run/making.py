@@ -9,6 +9,9 @@ from typing import Protocol
 import pyarrow as pa
 from torch import Tensor
 
+from mitune.run.executors.base import Executor
+from mitune.run.executors.local import Local
+from mitune.run.executors.shards import Shards
 from mitune.run.records import Records
 from mitune.run.work import Step
 
@@ -33,6 +36,29 @@ class Maker(Protocol):
         ...
 
 
+Watch = Callable[[pa.Table, bool], None]
+
+
+def make_records(
+    maker: Maker,
+    records: Records,
+    count: int,
+    *,
+    shard: tuple[int, int] = (0, 1),
+    executor: Executor | None = None,
+    progress: Step | None = None,
+    watch: Watch | None = None,
+) -> None:
+    """Has the records of `count` items made, or of every n-th from the i-th on for `shard` = (i, n).
+
+    executor: by default in order. progress, watch: as in `Making`.
+    """
+    own = len(range(shard[0], count, shard[1]))
+    task = Making(maker, records, items=own, progress=progress, watch=watch)
+    for _ in Shards(*shard, executor or Local()).map(task, range(count)):
+        pass
+
+
 class Making:
     """The task (`run/executors/base.py`) of writing a maker's records.
 
@@ -46,7 +72,7 @@ class Making:
         *,
         items: int,
         progress: Step | None = None,
-        watch: Callable[[pa.Table, bool], None] | None = None,
+        watch: Watch | None = None,
     ) -> None:
         self._maker, self._records, self._watch = maker, records, watch
         self._progress, self._total = progress, items * maker.images

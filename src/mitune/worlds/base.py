@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from mitune.errors import MituneError, did_you_mean
 from mitune.evaluation.metrics.base import ImageMetric
 from mitune.resolver import Row, Table, is_location
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +64,26 @@ class World(Protocol):
 
 @runtime_checkable
 class WorldWithCommands(Protocol):
-    """A world that has commands of its own, below `mitune` and its name in the table."""
+    """A world that has commands of its own; where they are, as package.module:attribute of an app of typer."""
 
     @property
     def commands(self) -> str:
-        """Where they are, as package.module:attribute: an app of typer."""
+        """Below `mitune` and the world's name in the table."""
+
+    @property
+    def benchmarks(self) -> str:
+        """Below `mitune bench`."""
+
+
+@runtime_checkable
+class WorldOfScenes(Protocol):
+    """A world that knows the scenes of its prompts, so that more can be studied in it (`mitune bench`)."""
+
+    def rendered(self, category: str, count: int, seed: int, /) -> tuple[list[str], list[Image]]:
+        """Prompts of a category, drawn at random, and for each a picture that is right; `count` of both."""
+
+    def wider_negatives(self, prompt: str, /) -> list[Negative]:
+        """What a picture with too much in it may show, and no hard negative asks for."""
 
 
 WORLDS: Table[World] = Table(
@@ -95,6 +113,11 @@ def within(source: str) -> tuple[World, str] | None:
 def embedded_models() -> dict[str, EmbeddedModel]:
     """The models of the worlds of the table, by name."""
     return {name: model for world in worlds() for name, model in world.models.items()}
+
+
+def world_of_prompt(prompt: str) -> World | None:
+    """The world of the table that a prompt is one of."""
+    return next((world for world in worlds() if world.negatives(prompt) is not None), None)
 
 
 def world_of_model(name: str) -> World | None:

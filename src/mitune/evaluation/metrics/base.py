@@ -16,6 +16,13 @@ if TYPE_CHECKING:
     from mitune.information import Estimate
 
 
+# How an image misses its prompt. A malformed one says nothing about meaning, and is only that.
+TOO_MUCH, TOO_LITTLE, BOUND, PLACED, MALFORMED = (
+    "too much", "too little", "wrongly bound", "wrongly placed", "malformed",
+)  # fmt: skip
+FAILURES = (TOO_MUCH, TOO_LITTLE, BOUND, PLACED, MALFORMED)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Judgment:
     """What a metric says of an image. The rest than `graded` is for metrics that know an exact truth."""
@@ -25,6 +32,7 @@ class Judgment:
     malformed: bool = False  # so badly drawn that it says nothing about meaning
     missed: tuple[str, ...] = ()  # parts of the prompt
     drawn: str = ""  # what the image shows, in words
+    failures: tuple[str, ...] = ()  # of `FAILURES`, in their order; none where the image is right
 
     @property
     def right(self) -> bool:

@@ -8,11 +8,13 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
+from mitune.cli.bench import models_of
 from mitune.cli.boundary import Commands, resumable
-from mitune.cli.options import Assignments, Device, Guidance, RunFolder, settings_of
+from mitune.cli.options import Assignments, Device, Guidance, RunFolder, made_by, say, settings_of, stage
 from mitune.errors import MituneError
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, help="The embedded shapes world: its models, prompts and judge.")
+benchmarks = typer.Typer()  # of `mitune bench`
 
 
 @app.command(name="prompts")
@@ -109,3 +111,39 @@ def shapes_train(
     if unknown:
         raise MituneError(f"Unknown embedded model {min(unknown)!r}; choose from {', '.join(MODELS)}.")
     train_all(work, output, model or list(MODELS), scenes=scenes)
+
+
+@benchmarks.command(name="truth")
+def bench_truth(
+    context: typer.Context,
+    model: Annotated[
+        list[str] | None, Option("--model", "-m", help="An embedded model, or a folder of such a one. Repeatable.")
+    ] = None,
+    scenes: Annotated[int, Option(min=2, help="Rendered scenes a category.")] = 40,
+    draws: Annotated[int, Option(min=4, help="Noisings of each scene and prompt, a multiple of 4.")] = 64,
+    seed: Annotated[int, Option(help="Seed of scenes and noise.")] = 0,
+    device: Device = None,
+    assignments: Assignments = None,
+    output: Annotated[Path, Option("--output", "-o", help="Markdown; the plots go beside it.")] = Path("truth.md"),
+) -> None:
+    """Is the number right? Estimates on rendered scenes against the exact mutual information of the shapes world.
+
+    Example:  mitune bench truth -m shapes-sd -m shapes-sd3 --scenes 40 --output docs/truth.md
+    """
+    from mitune.bench.pages import page
+    from mitune.denoiser.opening.models import load_model
+    from mitune.run.store import write_bytes
+    from mitune.worlds.shapes.truth_study import study
+    from mitune.worlds.shapes.truth_tables import calibration_figure, tables_of
+
+    names = model or ["shapes-sd"]
+    sections: list[str] = []
+    for name, settings in zip(names, models_of(names, None, device, assignments), strict=True):
+        loaded = load_model(settings)
+        with stage(f"Estimating with {name}") as step:
+            found = study(loaded, scenes=scenes, draws=draws, seed=seed, progress=step)
+        figure = output.with_name(f"{output.stem}-{Path(name).name}.png")
+        write_bytes(figure, calibration_figure(found))
+        sections.append(tables_of(found, figure.name))
+        write_bytes(output, page("truth", command=made_by(context), sections="\n".join(sections)).encode())
+    say("Tables", output)

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 from PIL.Image import Image, Resampling
 
-from mitune.evaluation.metrics.base import Judgment
+from mitune.evaluation.metrics.base import FAILURES, Judgment
 from mitune.files.images import as_shown
+from mitune.worlds.shapes.failures import failures_of
 from mitune.worlds.shapes.grammar import parse
 from mitune.worlds.shapes.judge import judge
 from mitune.worlds.shapes.scene import SIZE
@@ -34,6 +35,7 @@ class ShapesMetric:
         judgments = []
         for image, prompt in zip(images, prompts, strict=True):
             verdict = judge(np.asarray(_at_size(as_shown(image))), prompt)
+            failures = failures_of(verdict, parse(prompt))
             judgments.append(
                 Judgment(
                     graded=verdict.graded,
@@ -41,6 +43,7 @@ class ShapesMetric:
                     malformed=verdict.malformed,
                     missed=verdict.missed,
                     drawn="; ".join(map(str, verdict.scene)),
+                    failures=tuple(name for name in FAILURES if name in failures),
                 )
             )
         return judgments

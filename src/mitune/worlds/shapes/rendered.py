@@ -1,21 +1,18 @@
-"""Rendered scenes of the world as latents of a model: images whose prompt is known to be right."""
+"""Rendered scenes of the world: images whose prompt is known to be right."""
 
 from __future__ import annotations
 
 import random
 
-from torch import Tensor
+from PIL.Image import Image
 
-from mitune.denoiser.opening.models import Model
-from mitune.denoiser.pictures import encode_images
 from mitune.worlds.shapes.grammar import parse
 from mitune.worlds.shapes.prompts import prompt_list
 from mitune.worlds.shapes.scene import picture, sample_scene
 
 
-def rendered_scenes(model: Model, category: str, count: int, seed: int = 0) -> tuple[list[str], Tensor]:
-    """`count` prompts of a category, drawn at random, and a scene of each, taken through the VAE: (count, C, H, W)."""
+def rendered_scenes(category: str, count: int, seed: int = 0) -> tuple[list[str], list[Image]]:
+    """`count` prompts of a category, drawn at random, and a picture of a scene of each."""
     lot = random.Random(f"{seed} {category}")
     prompts = [lot.choice(prompt_list(category)).text for _ in range(count)]
-    pictures = [picture(sample_scene(parse(prompt), lot)) for prompt in prompts]
-    return prompts, encode_images(model.pipe, pictures, model.call)
+    return prompts, [picture(sample_scene(parse(prompt), lot)) for prompt in prompts]

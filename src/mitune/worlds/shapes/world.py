@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mitune.errors import MituneError
 from mitune.evaluation.metrics.base import ImageMetric
 from mitune.worlds.base import EmbeddedModel, Listed, Negative
 from mitune.worlds.shapes.grammar import CATEGORIES, PromptError
-from mitune.worlds.shapes.negatives import shapes_negatives
+from mitune.worlds.shapes.negatives import shapes_negatives, wider_negatives
 from mitune.worlds.shapes.prompts import shapes_prompts
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 _FOLDER = Path(str(files("mitune.worlds.shapes"))) / "models"
 _CALL = {"guidance_scale": 2.0, "num_inference_steps": 12}
@@ -39,6 +43,7 @@ class ShapesWorld:
 
     models = MODELS
     commands = "mitune.worlds.shapes.cli:app"
+    benchmarks = "mitune.worlds.shapes.cli:benchmarks"
 
     @property
     def metric(self) -> ImageMetric:
@@ -63,6 +68,16 @@ class ShapesWorld:
             return shapes_negatives(prompt)
         except PromptError:
             return None
+
+    def wider_negatives(self, prompt: str) -> list[Negative]:
+        """One more of an object, a further object, each object exchanged for every other shape."""
+        return wider_negatives(prompt)
+
+    def rendered(self, category: str, count: int, seed: int) -> tuple[list[str], list[Image]]:
+        """Scenes of random prompts of a category, as the renderer draws them."""
+        from mitune.worlds.shapes.rendered import rendered_scenes  # with numpy, as above
+
+        return rendered_scenes(category, count, seed)
 
 
 WORLD = ShapesWorld()

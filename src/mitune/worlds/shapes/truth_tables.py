@@ -10,13 +10,13 @@ import torch
 from numpy.typing import NDArray
 
 from mitune.bench.pages import page
-from mitune.bench.truth import ASKED, CAPTION, MIXTURE, SPLIT, UNRELATED, Gap, Pair, Study
 from mitune.evaluation.comparison import POOLED
 from mitune.evaluation.statistics import Array, Interval, Share, bootstrap_of, kendall_tau, spearman
 from mitune.evaluation.tables import interval, number, plus_minus, table
 from mitune.information import Estimate
 from mitune.report.style import MUTED, on_paper, png, sheet
 from mitune.worlds.shapes.truth import Truth
+from mitune.worlds.shapes.truth_study import ASKED, CAPTION, MIXTURE, SPLIT, UNRELATED, Gap, Pair, Study
 
 ESTIMATORS = ("standard", "orthogonal", MIXTURE, "self-confidence")
 IN_NATS = ESTIMATORS[:3]
