@@ -84,4 +84,5 @@ def test_modules_and_functions_are_short():
         assert len(text.splitlines()) < 300, module
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef):
-                assert node.end_lineno - node.lineno < 60, (module, node.name)
+                # What it does: the options of a command are declarations, and as long as the command has many.
+                assert node.end_lineno - node.body[0].lineno < 60, (module, node.name)
