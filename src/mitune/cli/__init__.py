@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from typer import Option
 
-from mitune.cli import bench, listing, method
+from mitune.cli import bench, images, listing, runs, steps, verdicts
 from mitune.cli.boundary import Commands
 from mitune.resolver import Table
 from mitune.run.versions import check_versions
@@ -26,8 +26,8 @@ app = typer.Typer(
     "Try it on the embedded model:  `mitune demo`\n\n"
     "Then on a real one:  `mitune tune --preset mi-tune-sd21 --prompts prompts.txt --run runs/sd21`",
 )
-app.add_typer(method.app)
-app.add_typer(listing.app)
+for part in (runs, steps, images, verdicts, listing):
+    app.add_typer(part.app)
 for name, world in zip(WORLDS.rows, worlds(), strict=True):
     if isinstance(world, WorldWithCommands):
         app.add_typer(_APPS.resolve(world.commands), name=name)

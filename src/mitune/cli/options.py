@@ -27,7 +27,7 @@ from typer import Context, Option
 from mitune.config.presets import PRESETS
 from mitune.config.ranges import ends_of
 from mitune.config.resolve import resolve
-from mitune.config.schema import Config, ModelConfig, PoolConfig
+from mitune.config.schema import GRADUAL, Config, ModelConfig, PoolConfig, RaceSetting
 from mitune.errors import MituneError
 
 if TYPE_CHECKING:
@@ -178,3 +178,8 @@ def stage(title: str) -> Iterator[Any]:
     with Progress(*columns, console=console) as bars:
         bar = bars.add_task(escape(title), total=None)
         yield lambda done, total: bars.update(bar, completed=done, total=total)
+
+
+def race_setting(race: bool | None) -> RaceSetting | None:
+    """What --race and --no-race stand for; None where neither is given."""
+    return None if race is None else GRADUAL if race else "off"
