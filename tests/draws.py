@@ -29,7 +29,7 @@ from mitune.information import Estimator, LogisticProposal, alpha_sigma, point_w
 from mitune.scoring import default_proposal
 from mitune.worlds.shapes.grammar import sample_prompt
 from mitune.worlds.shapes.scene import picture, sample_scene
-from mitune.worlds.shapes.truth_study import network
+from mitune.worlds.shapes.truth_losses import network
 
 FILE = Path(__file__).parent / "draws.parquet"
 MODELS = {"shapes-sd": 24, "shapes-sd3": 16}  # draws in each cell

@@ -23,7 +23,8 @@ from mitune.worlds.shapes import truth_tables
 from mitune.worlds.shapes.grammar import COLORS, SHAPES, TEXTURES, parse
 from mitune.worlds.shapes.scene import picture, sample_scene
 from mitune.worlds.shapes.truth import Truth
-from mitune.worlds.shapes.truth_study import ASKED, CAPTION, UNRELATED, ask, noisy_end, study
+from mitune.worlds.shapes.truth_losses import SPLIT, ask
+from mitune.worlds.shapes.truth_study import ASKED, CAPTION, UNRELATED, noisy_end, study
 from mitune.worlds.shapes.truth_tables import calibration_figure, correlation, tables_of
 
 
@@ -103,7 +104,7 @@ def test_scenes_are_told_apart_at_the_split(model):
     scenes += [(replace(first, shape=shape), second) for shape in SHAPES if shape not in (first.shape, "cross")]
     scenes += [(replace(first, texture=texture), second) for texture in TEXTURES if texture != first.texture]
     latents = encode_images(model.pipe, [picture(scene) for scene in scenes]).flatten(1)
-    assert math.exp(truth.SPLIT / 2) * torch.pdist(latents).min().item() / 2 > 5
+    assert math.exp(SPLIT / 2) * torch.pdist(latents).min().item() / 2 > 5
 
 
 @pytest.fixture(scope="module")

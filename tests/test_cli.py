@@ -68,7 +68,7 @@ def folder(tmp_path_factory):
         (["pool", "-p", "dragon.txt"], "does not know 'dragon'"),
         (["pool", "-p", "shapes:train/colour"], "categories: color"),
         (["pool", "-p", "one.txt", "-M", "2", "-k", "3"], "pool.keep = 3 must lie between 1 and pool.candidates = 2"),
-        (["pool", "-p", "one.txt", "-s", "magic"], "Unknown selection 'magic'"),
+        (["pool", "-p", "one.txt", "-s", "magic"], "Unknown score 'magic'"),
         (["pool", "-p", "one.txt", "--shard", "3/2"], "--shard '3/2'"),
         (["tune", "--preset", "sd99"], "Unknown preset 'sd99'"),
         (["tune", "-p", "one.txt", "--run", "full"], "full is not empty and holds no run"),

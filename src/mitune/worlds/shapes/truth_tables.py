@@ -16,7 +16,8 @@ from mitune.evaluation.tables import interval, number, plus_minus, table
 from mitune.information import Estimate
 from mitune.report.style import MUTED, on_paper, png, sheet
 from mitune.worlds.shapes.truth import Truth
-from mitune.worlds.shapes.truth_study import ASKED, CAPTION, MIXTURE, SPLIT, UNRELATED, Gap, Pair, Study
+from mitune.worlds.shapes.truth_losses import SPLIT
+from mitune.worlds.shapes.truth_study import ASKED, CAPTION, MIXTURE, UNRELATED, Gap, Pair, Study
 
 ESTIMATORS = ("standard", "orthogonal", MIXTURE, "self-confidence")
 IN_NATS = ESTIMATORS[:3]

@@ -97,35 +97,41 @@ def new_pipeline(
 ) -> StableDiffusionPipeline | StableDiffusion3Pipeline:
     """An untrained `shapes-sd` or `shapes-sd3`, of the ordinary diffusers classes."""
     torch.manual_seed(seed)
-    if name == "shapes-sd":
-        return StableDiffusionPipeline(
-            vae=vae,
-            text_encoder=CLIPTextModel(_text_config(tokenizer, width=128, layers=3)),
-            tokenizer=tokenizer,
-            unet=UNet2DConditionModel(
-                sample_size=8,
-                in_channels=LATENT_CHANNELS,
-                out_channels=LATENT_CHANNELS,
-                block_out_channels=(48, 128),
-                layers_per_block=1,
-                down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-                up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-                cross_attention_dim=128,
-                attention_head_dim=4,
-                norm_num_groups=8,
-            ),
-            scheduler=DDIMScheduler(
-                beta_start=0.00085,
-                beta_end=0.012,
-                beta_schedule="scaled_linear",
-                clip_sample=False,
-                set_alpha_to_one=False,
-                steps_offset=1,
-            ),
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
+    return _new_sd(vae, tokenizer) if name == "shapes-sd" else _new_sd3(vae, tokenizer)
+
+
+def _new_sd(vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> StableDiffusionPipeline:
+    return StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=CLIPTextModel(_text_config(tokenizer, width=128, layers=3)),
+        tokenizer=tokenizer,
+        unet=UNet2DConditionModel(
+            sample_size=8,
+            in_channels=LATENT_CHANNELS,
+            out_channels=LATENT_CHANNELS,
+            block_out_channels=(48, 128),
+            layers_per_block=1,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            cross_attention_dim=128,
+            attention_head_dim=4,
+            norm_num_groups=8,
+        ),
+        scheduler=DDIMScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            clip_sample=False,
+            set_alpha_to_one=False,
+            steps_offset=1,
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def _new_sd3(vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> StableDiffusion3Pipeline:
     text_encoder = CLIPTextModelWithProjection(_text_config(tokenizer, width=128, layers=3))
     text_encoder_2 = CLIPTextModelWithProjection(_text_config(tokenizer, width=16, layers=2))
     for encoder in (text_encoder, text_encoder_2):

@@ -138,8 +138,7 @@ def train_denoiser(
     tokenizer = components_of(pipe)["tokenizer"]
     encode = partial(tokenizer, padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
     tokens, empty = encode(prompts).input_ids, encode("").input_ids
-    captions = miscaptioned(prompts) if config.wrong_captions else []
-    wrong_tokens = [encode(wrong).input_ids for wrong in captions]
+    wrong_tokens = [encode(wrong).input_ids for wrong in (miscaptioned(prompts) if config.wrong_captions else [])]
     trainee = Trainee(pipe, config)
     parameters = {key: value for key, value in trainee.named_parameters() if value.requires_grad}
     optimizer = torch.optim.AdamW(
@@ -153,9 +152,7 @@ def train_denoiser(
     if state_file.exists():
         state.load(state_file)
     began, losses = time.monotonic(), list[float]()
-    kinds = {str(prompt): _kinds(form, prompt) for form in forms() for prompt in form.prompts}
-    emphasis = [math.prod(config.emphasis.get(kind, 1.0) for kind in kinds[p]) for p in prompts]
-    weights = world["weights"] * torch.tensor(emphasis)
+    weights = world["weights"] * torch.tensor(_emphasis(prompts, config))
     for step in range(state.iterations, config.steps):
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
         index = torch.multinomial(weights, config.batch_size, replacement=True, generator=generator)
@@ -190,6 +187,12 @@ def train_denoiser(
                 out.write(json.dumps(row) + "\n")
             log.info("%s %s", name, row)
             losses.clear()
+
+
+def _emphasis(prompts: list[str], config: DenoiserConfig) -> list[float]:
+    """How much oftener than in the world each prompt is drawn."""
+    kinds = {str(prompt): _kinds(form, prompt) for form in forms() for prompt in form.prompts}
+    return [math.prod(config.emphasis.get(kind, 1.0) for kind in kinds[p]) for p in prompts]
 
 
 def _accuracy(
