@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+SET_BY_LIBRARIES = {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR"}
+
 torch.set_num_threads(1)  # the tests' networks are tiny: threads would only wait for each other
 
 
@@ -16,18 +18,17 @@ def nothing_stays_changed():
     before = _global_state()
     with torch.random.fork_rng():
         yield
-    changed = {name: (value, now) for name, value in before.items() if (now := _global_state()[name]) != value}
-    assert changed == {}
+    after = _global_state()
+    assert {name: after.get(name) for name in before | after if before.get(name) != after.get(name)} == {}
 
 
 def _global_state() -> dict[str, object]:
-    environment = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
-    return {
+    environment = {f"${name}": value for name, value in os.environ.items() if name not in SET_BY_LIBRARIES}
+    return environment | {
         "threads": torch.get_num_threads(),
         "dtype": torch.get_default_dtype(),
         "gradients": torch.is_grad_enabled(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
-        "environment": environment,
         "folder": os.getcwd(),
     }
 

@@ -1,8 +1,10 @@
 """Every study runs from the command line, at a size at which its figures say nothing, and says what made its tables."""
 
 import pytest
+from PIL import Image
 
 from mitune.cli import app
+from mitune.worlds.shapes.prompts import shapes_prompts
 from tests.test_statistics import cells
 
 SMALL = "-m shapes-sd --set model.steps=2"
@@ -19,8 +21,8 @@ COMMANDS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
 def test_runs_and_names_itself(name, tmp_path, monkeypatch):
-    monkeypatch.setattr("mitune.bench.truth.WORLD_SCENES", 16)
-    monkeypatch.setattr("mitune.bench.truth_tables.RESAMPLES", 10)
+    monkeypatch.setattr("mitune.worlds.shapes.truth_study.WORLD_SCENES", 16)
+    monkeypatch.setattr("mitune.worlds.shapes.truth_tables.RESAMPLES", 10)
     out = tmp_path / "run" / "summary.md" if name == "select" else tmp_path / "table.md"
     command = COMMANDS[name].format(run=tmp_path / "run", out=out)
     app(command.split(), standalone_mode=False)
@@ -33,3 +35,15 @@ def test_runs_and_names_itself(name, tmp_path, monkeypatch):
     assert str(tmp_path) in line and "None" not in line
     tables = [row for row in cells(text) if len(row) > 2]
     assert len(tables) > 3 and "nan" not in text
+
+
+def test_prompts_are_listed(capsys):
+    app(["shapes", "prompts", "heldout/color"], standalone_mode=False)
+    listed = capsys.readouterr().out.splitlines()
+    assert len(listed) == len(shapes_prompts("heldout/color"))
+
+
+@pytest.mark.slow
+def test_a_figure_is_drawn(tmp_path):
+    app(["shapes", "figure", str(tmp_path / "samples.png"), "-n", "1"], standalone_mode=False)
+    assert Image.open(tmp_path / "samples.png").width > 64
