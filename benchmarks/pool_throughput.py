@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from timing import cost_ratio, print_table
 
-from mitune.config.schema import ModelConfig, PoolConfig
+from mitune.config.schema import ModelConfig, PoolConfig, RaceSetting
 from mitune.denoiser.opening.models import load_model
 from mitune.pool.build import build_pool
 from mitune.worlds.shapes.prompts import prompt_list
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = ModelConfig(name="shapes-sd", steps=arguments.steps)
     bare, model = load_model(settings), load_model(replace(settings, compile=arguments.compile))
     prompts = [listed.text for listed in prompt_list("color")[: arguments.prompts]]
-    race = () if arguments.no_race else None
+    race: RaceSetting = "off" if arguments.no_race else "auto"
     select = ("self-confidence",)  # on-line, as it stands against a score that the loop pays for
     config = PoolConfig(candidates=arguments.candidates, batch_size=arguments.batch, select=select, race=race)
 

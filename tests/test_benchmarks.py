@@ -4,6 +4,7 @@ import importlib
 from pathlib import Path
 
 import pytest
+import torch
 
 HERE = Path(__file__).parent.parent / "benchmarks"
 SMALLEST = {
@@ -34,6 +35,7 @@ def test_forward_runs(monkeypatch, capsys):
     monkeypatch.setattr(forward, "REPEATS", 1)
     monkeypatch.setattr(forward, "BATCH", 2)
     forward.main()
+    torch.set_num_threads(1)  # it takes two
     assert capsys.readouterr().out.count("ms a sample") == 2
 
 

@@ -73,7 +73,7 @@ def folder(tmp_path_factory):
         (["tune", "--preset", "sd99"], "Unknown preset 'sd99'"),
         (["tune", "-p", "one.txt", "--run", "full"], "full is not empty and holds no run"),
         (["tune", "-p", "one.txt", "--guidance-scale", "1"], "model.guidance_scale = 1.0 must be a number, above 1"),
-        (["shapes", "check", "--category", "colour"], "Unknown category 'colour'"),
+        (["shapes", "check", "--category", "colour"], "categories: color"),
         (["report", "full"], "config.yaml"),
     ],
 )
