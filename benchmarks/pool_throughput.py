@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     ratio = cost_ratio(loop, ours, arguments.pairs)
     columns = ["prompts", "candidates", "steps", "race", "compiled", "pools in the time of the loop", "target"]
-    raced, compiled = ("yes" if given else "no" for given in (race is None, arguments.compile))
+    raced, compiled = ("yes" if given else "no" for given in (race == "auto", arguments.compile))
     print_table(columns, [[len(prompts), config.candidates, arguments.steps, raced, compiled, ratio, "≥ 3"]])
 
 
