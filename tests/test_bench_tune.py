@@ -67,6 +67,7 @@ def test_the_base_is_not_held_against_itself():
     assert first.over_best.value == pytest.approx(-0.4)
 
 
+@pytest.mark.slow
 def test_command_runs_and_goes_on(tmp_path):
     """Two rounds: the second has a pool for each selection, made with its own adapter."""
     command = [
