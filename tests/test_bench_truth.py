@@ -23,7 +23,7 @@ from mitune.worlds.shapes import truth_tables
 from mitune.worlds.shapes.grammar import COLORS, SHAPES, TEXTURES, parse
 from mitune.worlds.shapes.scene import picture, sample_scene
 from mitune.worlds.shapes.truth import Truth
-from mitune.worlds.shapes.truth_losses import SPLIT, ask
+from mitune.worlds.shapes.truth_losses import SPLIT, estimates_of
 from mitune.worlds.shapes.truth_study import ASKED, CAPTION, UNRELATED, noisy_end, study
 from mitune.worlds.shapes.truth_tables import calibration_figure, correlation, tables_of
 
@@ -81,13 +81,13 @@ def test_losses_are_the_scores(model):
     rng = random.Random(0)
     prompts = ["a red circle and a blue square", "a circle and a square"]
     latents = encode_images(model.pipe, [picture(sample_scene(parse(prompts[0]), rng))])
-    said = ask(model, latents, prompts, draws=8, seed=3)
+    estimates = estimates_of(model, latents, prompts, draws=8, seed=3)
     kwargs = {"draws": 8, "seed": 3, "call": model.call}
     kwargs["proposal"] = default_proposal(path_of(model.pipe.scheduler), "self-confidence")  # that of the study
     for found, estimator in (
-        (said.loss[0] - said.loss[1:], "standard"),
-        (said.orthogonal[1:], "orthogonal"),
-        (said.confidence[1:], "self-confidence"),
+        (estimates.loss[0] - estimates.loss[1:], "standard"),
+        (estimates.orthogonal[1:], "orthogonal"),
+        (estimates.confidence[1:], "self-confidence"),
     ):
         scores = score(model.pipe, latents.expand(2, -1, -1, -1), prompts, estimator=estimator, **kwargs)
         expected = [estimate.value for estimate in scores.estimates]

@@ -155,8 +155,8 @@ def test_paper_integrals_of_a_normal_pair(is_flow):
 def test_folds_hold_every_sample_out_once():
     folds = Folds.of(11, 3, torch.Generator().manual_seed(0))
     assert sorted({row for part in folds.held_out.tolist() for row in part}) == list(range(11))
-    for held_out, seen in zip(folds.held_out.tolist(), folds.seen.tolist(), strict=True):
-        assert not set(held_out) & set(seen) and len(set(held_out) | set(seen)) == 11
+    for held_out, trained_on in zip(folds.held_out.tolist(), folds.trained_on.tolist(), strict=True):
+        assert not set(held_out) & set(trained_on) and len(set(held_out) | set(trained_on)) == 11
 
 
 # --- What any estimator must obey ---------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from mitune.config.resolve import resolve
 from mitune.config.schema import ModelConfig
 from mitune.denoiser.opening.components import Components
 from mitune.denoiser.opening.models import load_model
-from mitune.denoiser.opening.schedulers import said_of_itself, scheduler_for
+from mitune.denoiser.opening.schedulers import options_of_file, scheduler_for
 from mitune.denoiser.path import path_of
 from mitune.errors import MituneError, ModelError
 from tests.test_models import as_one_file
@@ -113,7 +113,7 @@ class TestSingleFiles:
 
     def test_nothing(self, file, folder):
         for header in ({}, {"modelspec__prediction_type": "epsilon", "ss_v_parameterization": "False"}):
-            assert said_of_itself(str(file(**header))) == {}
+            assert options_of_file(str(file(**header))) == {}
             for scheduler in both(config_of(file(**header), base=str(folder))):
                 assert path_of(scheduler).predicts == "epsilon"
 

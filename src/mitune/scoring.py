@@ -101,11 +101,11 @@ def score(
     chunks = []
     for start in range(0, len(prompts), batch_size):
         rows = slice(start, start + batch_size)
-        given = latents[rows].to(denoiser.device)
+        batch = latents[rows].to(denoiser.device)
         passes = passes_of(pipe, prompts[rows], call or {}, latents=latents[rows])
         chunk = point_wise_draws(
             _predict(denoiser, passes, packed=packed),
-            given.transpose(1, 2) if packed else given,
+            batch.transpose(1, 2) if packed else batch,
             estimator=estimator,
             proposal=proposal or default_proposal(path, estimator),
             strata=draws // NOISINGS_A_STRATUM,
@@ -133,8 +133,8 @@ def score_against(
     PoolConfig. Raises MituneError for a bad file, and for a prompt without any hard negative.
     """
     scores = {"contrast": score_named("contrast")}
-    own = own_negatives(negatives, scores, [prompt], model)
-    rivals = read_whole(model, {NEGATIVES: [negative.prompt for negative in hard_negatives(prompt, own)]})
+    listed = own_negatives(negatives, scores, [prompt], model)
+    rivals = read_whole(model, {NEGATIVES: [negative.prompt for negative in hard_negatives(prompt, listed)]})
     if not rivals[NEGATIVES]:
         raise MituneError(
             f"No rule makes a hard negative of {prompt!r}; write some in a file, and name it (--negatives)."

@@ -99,7 +99,7 @@ def knowledge(
                 key = (settings.name, category, model.guidance_scale)
                 if key not in known:
                     texts = [listed.text for listed in prompts if listed.category == category]
-                    own = _samples(model, texts, rivals, metric, images, seed, batch_size)
+                    of_samples = _samples(model, texts, rivals, metric, images, seed, batch_size)
                     of_scenes = next((_of_scenes(k) for k in known.values() if k.key[:2] == key[:2]), None)
                     world = world_of_prompt(texts[0])
                     if scenes and of_scenes is None and isinstance(world, WorldOfScenes):
@@ -109,7 +109,7 @@ def knowledge(
                         category=category,
                         guidance_scale=model.guidance_scale,
                         **(of_scenes or {"rendered": None}),
-                        **own,
+                        **of_samples,
                     )
                     write_json(file, [asdict(each) for each in known.values()])
                 rows.append(known[key])
@@ -207,11 +207,11 @@ def markdown(rows: Sequence[Knowledge]) -> str:
         for row in rows
     ]
     kinds = {(row.model, row.category, kind): share for row in rows for kind, share in row.kinds.items()}
-    told = table(
+    by_kind = table(
         ["category", "model", "kind of hard negative", "told apart"],
         [[category, model, kind, interval(share)] for (model, category, kind), share in kinds.items()],
     )
-    return table(head, lines) + (f"\n{told}" if kinds else "")
+    return table(head, lines) + (f"\n{by_kind}" if kinds else "")
 
 
 def prediction(known: Sequence[Knowledge], studies: Sequence[pa.Table]) -> str:

@@ -187,12 +187,14 @@ def figure(results: Sequence[Result], estimators: Sequence[str]) -> bytes:
                 truth = get_task(name).mutual_information
                 panel.plot([truth, truth], [row - 0.4, row + 0.4], color=INK, linewidth=2, zorder=1)
             for index, estimator in enumerate(estimators):
-                shown = [r for r in results if (r.estimator, r.samples) == (estimator, size) and math.isfinite(r.value)]
+                points = [
+                    r for r in results if (r.estimator, r.samples) == (estimator, size) and math.isfinite(r.value)
+                ]
                 offset = 0.5 * ((index + 0.5) / len(estimators) - 0.5)
                 panel.errorbar(
-                    [r.value for r in shown],
-                    [tasks.index(r.task) + offset for r in shown],
-                    xerr=[r.standard_error for r in shown],
+                    [r.value for r in points],
+                    [tasks.index(r.task) + offset for r in points],
+                    xerr=[r.standard_error for r in points],
                     fmt="o",
                     markersize=3.5,
                     linewidth=1,

@@ -159,10 +159,10 @@ def outcome_of(runs: Sequence[Run], model: str, score: str, schedule: str) -> Ou
     rows, calls, most = [], 0, 0
     for run in runs:
         so_far = run.scores[score_named(score).online or score]
-        left, made = replay(so_far, SCHEDULES[schedule])
-        calls, most = calls + made, most + so_far.size
+        left, spent = replay(so_far, SCHEDULES[schedule])
+        calls, most = calls + spent, most + so_far.size
         final = run.contrast if score == NAME else so_far[:, -1]
-        best, pick = (_pick(run, score, some) for some in (range(len(final)), left))
+        best, pick = (_pick(run, score, subset) for subset in (range(len(final)), left))
         regret, spread = final[best] - final[pick], final[best] - np.nanmean(final)
         drawn, unraced, raced = run.exact.mean(), run.exact[best], run.exact[pick]
         rows.append((pick == best, drawn, unraced, raced, unraced - raced, unraced - drawn, regret, spread))
@@ -194,8 +194,8 @@ def gain(runs: Sequence[Run], candidates: int, rungs: Rungs) -> Interval:
     for run in runs:
         gained = []
         for _ in range(SUBSETS if candidates < len(run.exact) else 1):
-            some = lots.choice(len(run.exact), candidates, replace=False)
-            part = Run(run.exact[some], {CONTRAST.online: run.scores[CONTRAST.online][some]}, run.contrast[some])
+            subset = lots.choice(len(run.exact), candidates, replace=False)
+            part = Run(run.exact[subset], {CONTRAST.online: run.scores[CONTRAST.online][subset]}, run.contrast[subset])
             left, _ = replay(part.scores[CONTRAST.online], rungs)
             gained.append(part.exact[_pick(part, NAME, left)] - run.exact.mean())
         rows.append([np.mean(gained)])

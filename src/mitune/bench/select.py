@@ -78,8 +78,8 @@ def run_study(
             model = load_model(settings)
             scale = model.guidance_scale
             part = folder / f"{Path(settings.name).name}-{scale:g}"
-            asked = {"prompts": texts, "rivals": rivals, "log_snr": LOG_SNR_RANGE}
-            claim(part, {"model": model_identity(settings)} | asked | settings_that_matter(config), "study")
+            inputs = {"prompts": texts, "rivals": rivals, "log_snr": LOG_SNR_RANGE}
+            claim(part, {"model": model_identity(settings)} | inputs | settings_that_matter(config), "study")
             records = Records(Folder(part / "records"))
             for number, listed in enumerate(prompts):
                 record = records.read(number)
@@ -179,10 +179,10 @@ def evidence_of(tensors: Mapping[str, Tensor], dimensions: int) -> Evidence:
 
 def some_of_each(prompts: Sequence[Listed], count: int) -> list[Listed]:
     """`count` prompts of each category, as many of each split as there can be."""
-    found: list[Listed] = []
+    sample: list[Listed] = []
     for category in dict.fromkeys(p.category for p in prompts):
-        own = [p for p in prompts if p.category == category]
-        splits = [[p for p in own if p.split == split] for split in dict.fromkeys(p.split for p in own)]
+        of_category = [p for p in prompts if p.category == category]
+        splits = [[p for p in of_category if p.split == split] for split in dict.fromkeys(p.split for p in of_category)]
         turns = [each[i] for i in range(max(map(len, splits))) for each in splits if i < len(each)]
-        found += sorted(turns[:count], key=own.index)
-    return found
+        sample += sorted(turns[:count], key=of_category.index)
+    return sample

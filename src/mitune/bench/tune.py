@@ -68,11 +68,11 @@ def run_study(
             slugs = tune(replace(seeded, eval_prompts=None), run, stages=stages).adapters
             adapters = [_Tuned(run, number, slug) for number in range(1, config.rounds + 1) for slug in slugs]
             picked = _picked_right(adapters)
-            variants = [Variant(name=BASE), *(Variant(name=own.variant, adapter=own.adapter) for own in adapters)]
+            variants = [Variant(name=BASE), *(Variant(name=tuned.variant, adapter=tuned.adapter) for tuned in adapters)]
             for scale in dict.fromkeys([base.guidance_scale, *guidance_scales]):
                 at_scale = replace(seeded, model=replace(config.model, guidance_scale=scale))
-                shown = partial(_at_guidance, stages, scale)
-                file = evaluate(at_scale, prompts, variants, run / f"eval-{scale:g}", metric, stages=shown)
+                titled_stages = partial(_at_guidance, stages, scale)
+                file = evaluate(at_scale, prompts, variants, run / f"eval-{scale:g}", metric, stages=titled_stages)
                 table = pq.read_table(file)
                 for column, value in {"model": name, "guidance_scale": scale, "tuning_seed": seed}.items():
                     table = table.append_column(column, [[value] * len(table)])
@@ -122,7 +122,7 @@ class _Tuned:
 
 def _picked_right(adapters: Sequence[_Tuned]) -> dict[str, float]:
     """Which share of the candidates that each selection kept is right; of all in the first pool for the base."""
-    pools = {own.variant: own.candidates() for own in adapters}
+    pools = {tuned.variant: tuned.candidates() for tuned in adapters}
     shares = {BASE: float(np.nanmean(numbers(next(iter(pools.values())), "right")))}
     return shares | {name: float(numbers(pool, "right")[flags(pool, "kept")].mean()) for name, pool in pools.items()}
 
@@ -221,8 +221,8 @@ def markdown(rows: pa.Table) -> str:
         of_model = rows.filter(pc.equal(rows["model"], model))
         scale = of_model["guidance_scale"][0]
         comparisons = summarize(of_model.filter(pc.equal(of_model["guidance_scale"], scale)))
-        shown = [c for c in comparisons if c.split == POOLED and c.metric == "exact"]
-        sections.append(f"### {model}, guidance {scale.as_py():g}, by category\n\n{markdown_table(shown)}")
+        by_category = [c for c in comparisons if c.split == POOLED and c.metric == "exact"]
+        sections.append(f"### {model}, guidance {scale.as_py():g}, by category\n\n{markdown_table(by_category)}")
     return "\n".join(sections)
 
 

@@ -131,8 +131,8 @@ class Combination:
     def calls(self, evidence: Evidence) -> float:
         """Denoiser calls for each candidate of the prompt."""
         count = len(evidence.errors)
-        seen = count if self.how == "mean rank" else self.stages.count(count)
-        return self.stages.contrast.needs(evidence).calls * seen / count
+        scored = count if self.how == "mean rank" else self.stages.count(count)
+        return self.stages.contrast.needs(evidence).calls * scored / count
 
     def __call__(self, free: Mapping[str, Tensor], evidence: Evidence) -> Tensor:
         """(N,) ranks, from the free scores (N,) by name and the evidence of all candidates of one prompt."""

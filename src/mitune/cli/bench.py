@@ -73,7 +73,7 @@ def bench_mi(
         raise MituneError(f"--n {n!r} needs whole numbers, at least 10, with commas between them, e.g. 1000,5000.")
     names = [name.strip() for name in estimators.split(",")]
     with stage("Estimating") as step:
-        found = run_benchmark(
+        estimates = run_benchmark(
             list(TASKS) if tasks == "all" else [name.strip() for name in tasks.split(",")],
             names,
             [int(size) for size in n.split(",")],
@@ -82,8 +82,8 @@ def bench_mi(
             progress=step,
         )
     picture = output.with_suffix(".png")
-    write_bytes(picture, figure(found, names[:3]))
-    text = page("mi", command=made_by(context), picture=picture.name, tables=markdown(found))
+    write_bytes(picture, figure(estimates, names[:3]))
+    text = page("mi", command=made_by(context), picture=picture.name, tables=markdown(estimates))
     write_bytes(output, text.encode())
     say("Table", output)
 
@@ -135,23 +135,23 @@ def bench_knows(
     models = models_of(model, guidance_scale, device, assignments)
     for loaded in map(load_model, models[:: len(guidance_scale or [1])]):  # each once: they may read texts unlike
         listed = load_prompts(prompts, loaded, prompt_field)
-        own = load_negatives(Path(negatives), loaded) if negatives is not None else None
+        user_negatives = load_negatives(Path(negatives), loaded) if negatives is not None else None
     named = within(prompts)
     with stage("Asking what is known") as step:
-        found = knowledge(
+        rows = knowledge(
             models,
             listed,
             run,
-            negatives=lambda prompt: hard_negatives(prompt, own),
+            negatives=lambda prompt: hard_negatives(prompt, user_negatives),
             metric=named[0].metric if named else None,
             scenes=scenes if named else 0,
             images=images,
             seed=seed,
             progress=step,
         )
-    table = markdown(found)
+    table = markdown(rows)
     if gains:
-        table += "\n" + prediction(found, [pq.read_table(file) for file in gains])
+        table += "\n" + prediction(rows, [pq.read_table(file) for file in gains])
     typer.echo(table)
     if output is not None:
         write_bytes(output, page("knows", command=made_by(context), table=table).encode())
@@ -197,13 +197,13 @@ def bench_select(
     with stage("Making and scoring candidates") as step:
         table = run_study(models, some_of_each(load_prompts(prompts), per_category), run, config, progress=step)
     result = summarize_study(pq.read_table(table))
-    shown = only(result, SHOWN)
+    excerpt = only(result, SHOWN)
     command = made_by(context)
     promise = "## Does the condition predict the gain?\n\n" + prediction_of(result, "contrast")
     write_bytes(run / "tables.md", f"Made by `{command}`.\n\n{tables_of(result)}".encode())
-    write_bytes(run / "summary.md", f"Made by `{command}`.\n\n{tables_of(shown)}\n{promise}".encode())
-    write_bytes(run / "tau.png", tau_figure(shown))
-    write_bytes(run / "gap.png", gap_figure(shown))
+    write_bytes(run / "summary.md", f"Made by `{command}`.\n\n{tables_of(excerpt)}\n{promise}".encode())
+    write_bytes(run / "tau.png", tau_figure(excerpt))
+    write_bytes(run / "gap.png", gap_figure(excerpt))
     say("Tables", run / "tables.md")
 
 

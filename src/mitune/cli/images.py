@@ -70,11 +70,11 @@ def generate(
     names, done = ("mi-tune", "self-confidence"), 0
     with stage("Making images") as step:
         for chunk, batch in generate_all(loaded, requests, min(len(requests), batch_size), scores=names):
-            shown = {name: SCORES[name](batch.trace) for name in names}
+            scores = {name: SCORES[name](batch.trace) for name in names}
             for row, image in enumerate(decode(loaded, batch.latents)):
                 file = output / f"{(done + row) // images + 1:03d}-{(done + row) % images + 1:03d}.png"
                 write_image(file, image)
-                values = "  ".join(f"{name} {values[row].item():.3f}" for name, values in shown.items())
+                values = "  ".join(f"{name} {values[row].item():.3f}" for name, values in scores.items())
                 console.print(Text(f"{file}  {values}  {chunk[row].prompt}"), soft_wrap=True)
             done += len(chunk)
             step(done, len(requests))

@@ -146,10 +146,10 @@ def _is_plain(value: Any) -> bool:
 
 def _require(condition: bool, name: str, value: Any, what: str) -> None:
     if not condition:
-        raise MituneError(f"{name} = {_shown(value)} must be {what}.")
+        raise MituneError(f"{name} = {_quoted(value)} must be {what}.")
 
 
-def _shown(value: Any) -> str:
+def _quoted(value: Any) -> str:
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # a number of more than 4,300 digits, lists in lists without end

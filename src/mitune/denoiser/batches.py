@@ -87,16 +87,16 @@ def constant_batches(pipe: Pipeline, size: int) -> Iterator[None]:
         candidates = rows // passes
         if candidates == size:
             return forward(*args, **kwargs)
-        made: list[list[Any]] = [[] for _ in range(passes)]
+        predictions: list[list[Any]] = [[] for _ in range(passes)]
         for start in range(0, candidates, size):
-            own = torch.arange(start, min(start + size, candidates))
-            filled = own[torch.arange(size) % len(own)]
+            chunk = torch.arange(start, min(start + size, candidates))
+            filled = chunk[torch.arange(size) % len(chunk)]
             part = Rows(torch.cat([filled + i * candidates for i in range(passes)]), rows)
             call = inspect.BoundArguments(signature, part.of_arguments(bound.arguments, family))
             output = forward(*call.args, **call.kwargs)
-            for i, whole in enumerate(made):
-                whole.append(prediction(output)[i * size : i * size + len(own)])
-        predicted = joined([piece for whole in made for piece in whole])
+            for i, whole in enumerate(predictions):
+                whole.append(prediction(output)[i * size : i * size + len(chunk)])
+        predicted = joined([piece for whole in predictions for piece in whole])
         return (predicted,) if isinstance(output, tuple) else type(output)(sample=predicted)
 
     with called_through(denoiser, in_parts):
@@ -117,11 +117,11 @@ def texts_encoded_once(pipe: Pipeline, encoded: dict[Any, Any] | None = None) ->
             return forward(*args, **kwargs)  # a language model that writes on is called with embeddings
         keys = []
         for row in range(len(tokens)):
-            own = Rows(torch.tensor([row]), len(tokens))
-            given = [own.of(value) for value in args], own.of(kwargs)
-            keys.append((part, _key_of([*given[0], *given[1].values()])))
+            single = Rows(torch.tensor([row]), len(tokens))
+            arguments = [single.of(value) for value in args], single.of(kwargs)
+            keys.append((part, _key_of([*arguments[0], *arguments[1].values()])))
             if keys[-1] not in kept:
-                kept[keys[-1]] = forward(*given[0], **given[1])
+                kept[keys[-1]] = forward(*arguments[0], **arguments[1])
         return joined([kept[key] for key in keys])
 
     with ExitStack() as stack:
@@ -161,14 +161,14 @@ def called_through(module: object, wrapper: Callable[..., Any], method: str = "f
     For one call of the pipeline: where its parts are offloaded, accelerate puts a method of its own there at the end.
     """
     original = getattr(module, method)
-    own = module.__dict__.get(method)  # where accelerate has put one that moves the module to the GPU
+    override = module.__dict__.get(method)  # where accelerate has put one that moves the module to the GPU
     wrapped = functools.wraps(original)(functools.partial(wrapper, original))
     setattr(module, method, wrapped)
     try:
         yield
     finally:
         if module.__dict__.get(method) is wrapped:  # else accelerate's new one stays
-            if own is None:
+            if override is None:
                 delattr(module, method)
             else:
-                setattr(module, method, own)
+                setattr(module, method, override)

@@ -49,23 +49,23 @@ class Checks:
         if handed is None:
             raise self.unknown("is not stepped from latents and output in a way that can be checked")
         channels = step.noisy.shape[1]
-        sample, made = handed.sample[:, :channels], handed.output[:, :channels]
-        if sample.shape != step.noisy.shape or made.shape != step.noisy.shape:
+        sample, output = handed.sample[:, :channels], handed.output[:, :channels]
+        if sample.shape != step.noisy.shape or output.shape != step.noisy.shape:
             raise self.unknown(
                 f"takes {tuple(step.noisy.shape)} where its scheduler takes latents {tuple(handed.sample.shape)}"
             )
         timestep = torch.as_tensor(handed.timestep).flatten()[:1].tolist()[0]
         self._check_time(step, timestep)
         # A candidate that is NaN says nothing, and costs itself alone.
-        tensors = [x[:ROWS] for x in (sample, step.noisy, step.null, step.conditional, made)]
+        tensors = [x[:ROWS] for x in (sample, step.noisy, step.null, step.conditional, output)]
         finite = torch.stack([x.flatten(1).isfinite().all(dim=1) for x in tensors]).all(dim=0)
         if not finite.any():
             return
-        sample, noisy, null, conditional, made = (x[finite] for x in tensors)
+        sample, noisy, null, conditional, output = (x[finite] for x in tensors)
         self._check_latents(sample, noisy, timestep)
         if recording.crippled == len(recording.steps):
             return
-        guided = self._guided(sums(null, conditional, made))
+        guided = self._guided(sums(null, conditional, output))
         if guided is None:
             return
         recording.checked = True
@@ -94,9 +94,9 @@ class Checks:
         if not (misfit < _SAME and abs(fitted / expected - 1) < _SAME):
             raise self.unknown("gets other latents than its scheduler")
 
-    def _guided(self, made: list[Sum]) -> Sum | None:
+    def _guided(self, fits: list[Sum]) -> Sum | None:
         """How the output was put together; None where the two outputs differ by too little to tell."""
-        certain = [each for each in made if each.certain]
+        certain = [each for each in fits if each.certain]
         if not certain:
             return None
         fitting = next((each for each in certain if each.fits), None)
@@ -108,7 +108,7 @@ class Checks:
 
     @torch.no_grad()
     def check_alone(self, recording: Recording) -> None:
-        """That the denoiser, called alone with the conditioning, says what it said in the pipeline: what post-hoc
+        """That the denoiser, called alone with the conditioning, gives its output in the pipeline: what post-hoc
         scores and training rest on. Costs two calls of it, for one candidate."""
         step, denoiser = recording.steps[0], NetworkDenoiser.of(self.pipe)
         timestep = (step.timestep.flatten()[:1].float() - self.family.timestep_offset) / self.family.timestep_factor
@@ -119,7 +119,9 @@ class Checks:
             except torch.OutOfMemoryError:
                 raise
             except (RuntimeError, TypeError, ValueError) as error:
-                raise self.unknown("cannot be called again with what it was told in the pipeline") from error
+                raise self.unknown("cannot be called again with the arguments that it had in the pipeline") from error
             difference = (alone - output[:1].float()).norm() / output[:1].float().norm().clamp(min=1e-30)
             if not difference < _SAME_OUTPUT:
-                raise self.unknown("says something else when it is called again with what it was told in the pipeline")
+                raise self.unknown(
+                    "says something else when it is called again with the arguments that it had in the pipeline"
+                )

@@ -1,4 +1,4 @@
-"""What a denoiser is told of N candidates beside z and t; kept row by row, and turned back into its arguments."""
+"""A denoiser's arguments for N candidates beside z and t; kept row by row, and turned back into a call's."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _LENGTHS, _SHARED, _CALL, _PLAIN, _NULL = "lengths/", "shared/", "call", "plain"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Shared:
-    """What all rows of a call are told alike."""
+    """The arguments that all rows of a call have in common."""
 
     tensors: Mapping[str, Tensor] = field(default_factory=dict)  # by argument: positions, mostly
     plain: Mapping[str, Any] = field(default_factory=dict)  # arguments that JSON can hold, also those inside mappings
 
     def same_as(self, other: Shared) -> bool:
-        """Whether both say the same."""
+        """Whether both hold the same."""
         return (
             self.plain == other.plain
             and self.tensors.keys() == other.tensors.keys()

@@ -62,9 +62,9 @@ class NetworkDenoiser:
         times = family.timestep_factor * timesteps.to(self.device) + family.timestep_offset
 
         def call(rows: Tensor | slice, arguments: dict[str, Any]) -> Tensor:
-            given = z[rows].to(dtype)
+            latents = z[rows].to(dtype)
             output = self.network(
-                list(given.unsqueeze(2)) if family.listed else given,
+                list(latents.unsqueeze(2)) if family.listed else latents,
                 **{family.timestep_name: times[rows]},
                 **arguments,
                 return_dict=False,

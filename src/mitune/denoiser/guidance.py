@@ -44,17 +44,17 @@ class Sum:
     total: float  # k
     left: float  # ‖made − k(…)‖
     added: float  # ‖k w (ε̂_p − ε̂_∅)‖
-    seen: float  # of ε̂_p − ε̂_∅, the part that is not along ε̂_∅
+    across: float  # of ε̂_p − ε̂_∅, the part that is not along ε̂_∅
     entries: int
     precision: float  # of the numbers that it was made of
 
     @property
     def certain(self) -> bool:
         """Whether the two outputs differ by enough to tell; they don't where the prompt is the empty one."""
-        if not all(map(math.isfinite, (self.weight, self.total, self.left, self.seen))):
+        if not all(map(math.isfinite, (self.weight, self.total, self.left, self.across))):
             return False
-        error = self.precision / (math.sqrt(self.entries) * max(self.seen, 1e-30))
-        return error < _CERTAIN and self.seen > 1e-5
+        error = self.precision / (math.sqrt(self.entries) * max(self.across, 1e-30))
+        return error < _CERTAIN and self.across > 1e-5
 
     @property
     def fits(self) -> bool:
@@ -76,10 +76,10 @@ def steps_watched(scheduler: Scheduler, watch: Callable[[Handed | None], None]) 
 
     @functools.wraps(step)  # pipelines ask whether it takes a generator
     def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
-        given = signature.bind(*args, **kwargs).arguments
+        arguments = signature.bind(*args, **kwargs).arguments
         names = ("model_output", "timestep", "sample")
-        known = all(name in given for name in names)
-        watch(Handed(*(given[name] for name in names)) if known else None)
+        known = all(name in arguments for name in names)
+        watch(Handed(*(arguments[name] for name in names)) if known else None)
         return before(*args, **kwargs) if before else type(self).step(self, *args, **kwargs)
 
     # A method, so that it is that of the copy where a pipeline makes one.
@@ -93,29 +93,29 @@ def steps_watched(scheduler: Scheduler, watch: Callable[[Handed | None], None]) 
             scheduler.step = before
 
 
-def sums(null: Tensor, conditional: Tensor, made: Tensor) -> list[Sum]:
+def sums(null: Tensor, conditional: Tensor, output: Tensor) -> list[Sum]:
     """The same output as a sum with one k for each image, and as one with a k for each of its rows; (B, ...) each.
 
     Waits for the device.
     """
-    precision = max(torch.finfo(tensor.dtype).eps for tensor in (null, conditional, made))
-    tensors = [tensor.float() for tensor in (null, conditional, made)]
-    found = torch.stack([_fitted(*(x.flatten(1) for x in tensors)), _fitted(*(x.flatten(0, -2) for x in tensors))])
-    return [Sum(w, k, left, added, seen, made.numel(), precision) for w, k, left, added, seen in found.tolist()]
+    precision = max(torch.finfo(tensor.dtype).eps for tensor in (null, conditional, output))
+    tensors = [tensor.float() for tensor in (null, conditional, output)]
+    fits = torch.stack([_fitted(*(x.flatten(1) for x in tensors)), _fitted(*(x.flatten(0, -2) for x in tensors))])
+    return [Sum(w, k, left, added, across, output.numel(), precision) for w, k, left, added, across in fits.tolist()]
 
 
-def _fitted(null: Tensor, conditional: Tensor, made: Tensor) -> Tensor:
-    """w, k, left, added and seen of `Sum`, (5,), by least squares for each of N rows, (N, D) each."""
+def _fitted(null: Tensor, conditional: Tensor, output: Tensor) -> Tensor:
+    """w, k, left, added and across of `Sum`, (5,), by least squares for each of N rows, (N, D) each."""
     tiny = torch.finfo(torch.float32).tiny
     change = conditional - null
     length = null.square().sum(dim=1).clamp(min=tiny)
     along = (null * change).sum(dim=1) / length
     across = change - along.unsqueeze(1) * null
     weights = across.square().sum(dim=1)
-    on_change = (made * across).sum(dim=1) / weights.clamp(min=tiny)
-    total = (made * null).sum(dim=1) / length - on_change * along
+    on_change = (output * across).sum(dim=1) / weights.clamp(min=tiny)
+    total = (output * null).sum(dim=1) / length - on_change * along
     added = on_change.unsqueeze(1) * change
-    left = made - total.unsqueeze(1) * null - added
+    left = output - total.unsqueeze(1) * null - added
     q, k = (weights * on_change).sum() / weights.sum(), (weights * total).sum() / weights.sum()
-    norm = made.norm()
+    norm = output.norm()
     return torch.stack([q / k, k, left.norm() / norm, added.norm() / norm, across.norm() / norm])

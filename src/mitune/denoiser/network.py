@@ -24,7 +24,7 @@ class Family:
     conditional_first: bool = False  # the halves are the other way round
     listed: bool = False  # z and output are lists of (C, 1, H, W), one a row
     timestep_name: str = "timestep"
-    timestep_factor: float = 1.0  # the denoiser is told factor · t + offset, t the scheduler's timestep
+    timestep_factor: float = 1.0  # the denoiser gets factor · t + offset, t the scheduler's timestep
     timestep_offset: float = 0.0
     timestep_setting: str | None = None  # of the denoiser's configuration, a further factor
     negated: bool = False  # the pipeline turns the output's sign before the scheduler takes it

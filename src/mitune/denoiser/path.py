@@ -71,7 +71,7 @@ class NoisePath:
     steps: Tensor  # (T,) timesteps of the sampling run that the scheduler is set to
     steps_sigma: Tensor | None  # (T,) the scheduler's own σ there (σ/α unless flow); None if it has none
     strides: Tensor | None = None  # (T,) timesteps that the i-th step of a run goes down; None: to the next of `steps`
-    caution: str | None = None  # what to say of a run whose denoiser is told other timesteps than its latents are at
+    caution: str | None = None  # what to say of a run whose denoiser gets other timesteps than its latents are at
 
     def log_snr(self, t: Tensor) -> Tensor:
         """λ at t on the path of training; linear in t between whole timesteps, as diffusers does with log σ."""
@@ -117,10 +117,10 @@ class NoisePath:
         return finite.min().item(), finite.max().item()
 
     def at_steps(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Timestep and λ of the latents, of t's shape on the CPU, where the denoiser is told t: at steps of the
+        """Timestep and λ of the latents, of t's shape on the CPU, where the denoiser gets t: at steps of the
         sampling run in succession, from the one on at which it was entered.
 
-        What a trajectory needs: some schedulers tell the denoiser a rounded t, and some pipelines round it again, but
+        What a trajectory needs: some schedulers hand the denoiser a rounded t, and some pipelines round it again, but
         the latents lie at the scheduler's own σ, or where its stride has put them. Warns once if that is not at t.
         Raises MituneError for steps that are none of the path.
         """
@@ -130,11 +130,13 @@ class NoisePath:
                 "'trailing' for this number of steps; take another number."
             )
         index = self.places(t.reshape(-1))
-        told = self.steps[index]
+        timesteps = self.steps[index]
         if self.caution is not None:
             _warn_once(self.caution)
-        log_snr = self._taken(index) if self.strides is None else self.log_snr(_made_for(told, self.strides))
-        return told.reshape(t.shape), log_snr.reshape(t.shape)
+        log_snr = (
+            self._taken(index) if self.strides is None else self.log_snr(_latent_timesteps(timesteps, self.strides))
+        )
+        return timesteps.reshape(t.shape), log_snr.reshape(t.shape)
 
     def taken_at(self, t: Tensor) -> Tensor:
         """The λ, as in `at_steps`, that the scheduler takes latents and output for: that of the latents, too, unless it
@@ -188,7 +190,7 @@ def path_of(scheduler: Scheduler) -> NoisePath:
             "scheduler with the type that the model was trained for."
         )
     for option, unknown, instead in _UNPLACED:
-        # KDPM2 with Karras' steps goes beyond its table, where the time that the denoiser is told stands still.
+        # KDPM2 with Karras' steps goes beyond its table, where the time that the denoiser gets stands still.
         if config.get(option) == unknown and (option != "use_karras_sigmas" or isinstance(scheduler, _MIDPOINTS)):
             raise MituneError(
                 f"Scheduler {name} with {option}={unknown!r} hands the denoiser noise levels that mitune cannot place "
@@ -241,21 +243,21 @@ def _strides(scheduler: Scheduler, steps: int) -> Tensor | None:
     return strides
 
 
-def _made_for(told: Tensor, strides: Tensor) -> Tensor:
+def _latent_timesteps(timesteps: Tensor, strides: Tensor) -> Tensor:
     """The timesteps that the latents of a run's first steps were made for, (N,), by the step before."""
-    return torch.cat([told[:1], told[:-1] - strides[: len(told) - 1]])
+    return torch.cat([timesteps[:1], timesteps[:-1] - strides[: len(timesteps) - 1]])
 
 
 def _caution(scheduler: Scheduler, path: NoisePath) -> str | None:
     """A sentence for a run in which the scheduler takes its latents for those of another timestep than it made them
-    for, and tells the denoiser so."""
+    for, and hands that to the denoiser."""
     if path.strides is None:
         return None
-    made_for = _made_for(path.steps, path.strides)
-    apart = made_for != path.steps
+    latent_timesteps = _latent_timesteps(path.steps, path.strides)
+    apart = latent_timesteps != path.steps
     if not apart.any():
         return None
-    distance = (path.log_snr(made_for[apart]) - path.log_snr(path.steps[apart])).abs().max()
+    distance = (path.log_snr(latent_timesteps[apart]) - path.log_snr(path.steps[apart])).abs().max()
     total = int(scheduler.config.num_train_timesteps)
     count = cast(OptionalSchedulerMembers, scheduler).num_inference_steps or total
     spacing = scheduler.config.timestep_spacing

@@ -86,8 +86,8 @@ def _require_unchanged(pipe: Pipeline, returned: Tensor, ended: Tensor) -> None:
         )
 
 
-def _require_pictures(pipe: Pipeline, made: Any) -> None:
-    if not all(isinstance(image, Image.Image) for image in made):
+def _require_pictures(pipe: Pipeline, images: Any) -> None:
+    if not all(isinstance(image, Image.Image) for image in images):
         raise ModelError(
             f"{type(pipe).__name__} makes no pictures; take a text-to-image model, or score its latents in Python."
         )
@@ -182,26 +182,26 @@ class _Stop(Exception):
 
 def _map_of(pipe: Pipeline, autoencoder: Autoencoder, call: Mapping[str, Any], height: int, width: int) -> LatentMap:
     """What the pipeline does to the latents of pictures of this size before it decodes them."""
-    seen: list[Tensor] = []
+    ends: list[Tensor] = []
 
     def known(latents: Tensor) -> Tensor:
-        seen[:] = [probes(latents)]
-        return seen[0]
+        ends[:] = [probes(latents)]
+        return ends[0]
 
     def stop(_: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        seen.append(next(iter([*args, *kwargs.values()])))
+        ends.append(next(iter([*args, *kwargs.values()])))
         raise _Stop
 
     accepted = inspect.signature(type(pipe).__call__).parameters
     wanted = {"height": height, "width": width, "use_resolution_binning": False}
-    given = {**call, **{name: value for name, value in wanted.items() if name in accepted}, "output_type": "pil"}
+    arguments = {**call, **{name: value for name, value in wanted.items() if name in accepted}, "output_type": "pil"}
     name = type(pipe).__name__
     try:
         with called_through(autoencoder, stop, "decode"), suppress(_Stop):
-            _call_to_end(pipe, known, PROBES, given, {})
+            _call_to_end(pipe, known, PROBES, arguments, {})
     except ValueError as error:
         raise MituneError(f"{name} makes no pictures of {width} × {height} pixels ({error}).") from error
-    mapping = LatentMap.between(*seen) if len(seen) == 2 else None
+    mapping = LatentMap.between(*ends) if len(ends) == 2 else None
     if mapping is None:
         raise ModelError(
             f"{name} does more to its latents than to order, scale and shift them, before it decodes them; give "
@@ -268,11 +268,11 @@ def _ending_in(scheduler: Scheduler, ending: Callable[[Tensor], Tensor], name: s
 
     @functools.wraps(step)  # pipelines ask it whether it takes a generator
     def ended(*args: Any, **kwargs: Any) -> Any:
-        given = inspect.signature(step).bind(*args, **kwargs)
-        predicted, latents = given.arguments["model_output"], given.arguments["sample"]
+        bound = inspect.signature(step).bind(*args, **kwargs)
+        predicted, latents = bound.arguments["model_output"], bound.arguments["sample"]
         if predicted.shape[1] not in (latents.shape[1], 2 * latents.shape[1]):  # the pipeline has cut zeros too short
-            given.arguments["model_output"] = torch.zeros_like(latents, dtype=predicted.dtype)
-        output = step(*given.args, **given.kwargs)
+            bound.arguments["model_output"] = torch.zeros_like(latents, dtype=predicted.dtype)
+        output = step(*bound.args, **bound.kwargs)
         if isinstance(output, tuple):
             return (end(output[0]), *output[1:])
         output.prev_sample = end(output.prev_sample)

@@ -84,7 +84,7 @@ class Autoencoder(Protocol):
 
 
 class Pipeline(Protocol):
-    """What mitune uses of any diffusers pipeline. Its class's `__call__` is asked for its parameters, as well."""
+    """What mitune uses of any diffusers pipeline. The parameters of its class's `__call__` are read as well."""
 
     scheduler: Scheduler
 

@@ -97,7 +97,7 @@ class MIProbe:
 
     @property
     def passes(self) -> Passes:
-        """What the denoiser is told with the prompt and without: its arguments but z and t.
+        """The denoiser's conditioning with the prompt and without: its arguments but z and t.
 
         Raises ModelError for arguments that cannot be kept candidate by candidate (ControlNet), and if the denoiser
         takes more than latents (inpainting).
@@ -120,7 +120,7 @@ class MIProbe:
         return self.passes.null
 
     def check_alone(self) -> None:
-        """Raises ModelError unless the denoiser, called alone with the conditioning, says what it said in the pipeline:
+        """Raises ModelError unless the denoiser, called alone with the conditioning, gives its output in the pipeline:
         what post-hoc scores and training rest on. Costs two calls of it, for one candidate."""
         _ = self.passes
         self._checks.check_alone(self._run)
@@ -208,12 +208,12 @@ class MIProbe:
             return whole  # skip-layer guidance of SD3.5: a third, crippled output, no part of the integral
         if self._run.finished:
             self._run = Recording(self._family)
-        call, seen = self._reader.read(args, kwargs, output, self._address), self.steps
+        call, steps_before = self._reader.read(args, kwargs, output, self._address), self.steps
         if self._family.separate_calls:
             self._watch_separate(call)
         else:
             self._watch_halves(call)
-        if self._on_step is not None and self.steps > seen:
+        if self._on_step is not None and self.steps > steps_before:
             self._on_step(self)
         return whole
 
@@ -266,8 +266,8 @@ class MIProbe:
         return self._run
 
     def _scale(self) -> float:
-        said = None if _TRUE_SCALE in self._call_parameters else getattr(self.pipe, "guidance_scale", None)
-        return (self._guidance_scale or said or math.nan) + self._family.added_guidance
+        pipe_scale = None if _TRUE_SCALE in self._call_parameters else getattr(self.pipe, "guidance_scale", None)
+        return (self._guidance_scale or pipe_scale or math.nan) + self._family.added_guidance
 
     def _no_guidance(self) -> str:
         if _TRUE_SCALE in self._call_parameters:

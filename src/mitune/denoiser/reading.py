@@ -54,22 +54,22 @@ def cut_texts(pipe: Pipeline, texts: Sequence[str], call: Mapping[str, Any]) -> 
     tokenizers = _tokenizers(pipe)
     if not tokenizers or not texts or "prompt_embeds" in call:
         return {}
-    found: dict[str, Reading] = {}
+    readings: dict[str, Reading] = {}
     distinct = list(dict.fromkeys(texts))
     with _up_to_the_denoiser(pipe, tokenizers) as ask:
         # What a template adds, of which the denoiser may get less; at the pipeline's own length, which has room for it.
         blank = ask([""], {name: value for name, value in call.items() if name != "max_sequence_length"})
         unread = max(0, blank.length - blank.embedded)
         for start in range(0, len(distinct), TOGETHER):
-            some = distinct[start : start + TOGETHER]
-            seen = ask(some, call)
-            if (negative := seen.negative()).is_cut:
+            chunk = distinct[start : start + TOGETHER]
+            tokenization = ask(chunk, call)
+            if (negative := tokenization.negative()).is_cut:
                 raise MituneError(f"The negative_prompt in model.call has {negative}.")
-            if seen.rows == len(some) and not seen.sliced(unread):
-                found |= zip(some, seen.readings(unread), strict=True)
+            if tokenization.rows == len(chunk) and not tokenization.sliced(unread):
+                readings |= zip(chunk, tokenization.readings(unread), strict=True)
             else:
-                found |= {text: ask([text], call).readings(unread)[0] for text in some}
-    return {text: reading for text, reading in found.items() if reading.is_cut}
+                readings |= {text: ask([text], call).readings(unread)[0] for text in chunk}
+    return {text: reading for text, reading in readings.items() if reading.is_cut}
 
 
 def refuse_cut(pipe: Pipeline, texts: Sequence[str], call: Mapping[str, Any], source: str = "prompt") -> None:
@@ -103,22 +103,22 @@ class _Tokenized:
 
 
 @dataclass(slots=True)
-class _Seen:
+class _Tokenization:
     """One call of a pipeline: what each tokenizer did, the prompt first and then the negative prompt."""
 
-    asked: Sequence[str] = ()  # the prompts
+    prompts: Sequence[str] = ()
     blank: frozenset[str] = frozenset()  # what tokenizers get where there is no prompt
     tokenized: dict[int, list[_Tokenized]] = field(default_factory=dict)  # by tokenizer; calls that truncate
     whole: set[int] = field(default_factory=set)  # the tokenizers that were called without truncation
-    embedded: int = 0  # positions that the denoiser is told
+    embedded: int = 0  # positions of the embeddings that the denoiser gets
 
     def note(self, tokenizer: Any, texts: Sequence[str], length: int | None, ids: Callable[[str], list[int]]) -> None:
         """A call of a tokenizer, which gave rows of `length` tokens, or does not truncate; `ids` is without limit."""
         if length is None:
             self.whole.add(id(tokenizer))
             return
-        asked = self.asked if len(self.asked) == len(texts) else [""] * len(texts)
-        rows = [ids(_without_tail(text, own, self.blank)) for text, own in zip(texts, asked, strict=True)]
+        prompts = self.prompts if len(self.prompts) == len(texts) else [""] * len(texts)
+        rows = [ids(_without_tail(text, prompt, self.blank)) for text, prompt in zip(texts, prompts, strict=True)]
         ends = tokenizer.eos_token_id, tokenizer.sep_token_id
         closing = sum(1 for _ in takewhile(ends.__contains__, reversed(rows[0])))
         noted = _Tokenized(tuple(texts), [len(row) for row in rows], closing, length)
@@ -182,29 +182,34 @@ class _Reached(Exception):
 @contextmanager
 def _up_to_the_denoiser(
     pipe: Pipeline, tokenizers: Sequence[PreTrainedTokenizerBase]
-) -> Iterator[Callable[[Sequence[str], Mapping[str, Any]], _Seen]]:
-    """Hands out a function of texts and a call that runs the pipeline up to its denoiser, and says what it saw.
+) -> Iterator[Callable[[Sequence[str], Mapping[str, Any]], _Tokenization]]:
+    """Hands out a function of texts and a call that runs the pipeline up to its denoiser, and returns its tokenization.
 
     Text encoders do not run but for one row of each shape, as only the length of what they give matters.
     """
-    seen, blank = _Seen(), frozenset[str]()
+    tokenization, blank = _Tokenization(), frozenset[str]()
 
     def stop(_module: Any, _args: Any, kwargs: dict[str, Any]) -> None:
         raise _Reached(kwargs)
 
-    def ask(texts: Sequence[str], call: Mapping[str, Any]) -> _Seen:
-        nonlocal seen, blank
-        seen = _Seen(texts, blank)
+    def ask(texts: Sequence[str], call: Mapping[str, Any]) -> _Tokenization:
+        nonlocal tokenization, blank
+        tokenization = _Tokenization(texts, blank)
         generator = torch.Generator().manual_seed(0)  # else latents would be drawn from the global state
         with calling(pipe, call):
             try:
                 pipe(**{**prompted(pipe, texts, call), "generator": generator, "output_type": "latent"})
             except _Reached as reached:
                 states = reached.args[0].get("encoder_hidden_states")
-                seen.embedded = states.shape[1] if isinstance(states, Tensor) and states.ndim == 3 else 0
+                tokenization.embedded = states.shape[1] if isinstance(states, Tensor) and states.ndim == 3 else 0
         if not any(texts):
-            blank = frozenset(text for calls in seen.tokenized.values() for made in calls for text in made.texts)
-        return seen
+            blank = frozenset(
+                text
+                for calls in tokenization.tokenized.values()
+                for tokenizer_call in calls
+                for text in tokenizer_call.texts
+            )
+        return tokenization
 
     free_denoiser(pipe)
     with ExitStack() as stack:
@@ -214,7 +219,7 @@ def _up_to_the_denoiser(
         stack.callback(setattr, pipe, "_progress_bar_config", bars)
         pipe.set_progress_bar_config(**{**bars, "disable": True})
         for tokenizer in tokenizers:
-            stack.enter_context(_watched(tokenizer, lambda *noted: seen.note(*noted)))
+            stack.enter_context(_watched(tokenizer, lambda *noted: tokenization.note(*noted)))
         for part in pipe.components.values():
             if isinstance(part, PreTrainedModel):
                 stack.enter_context(called_through(part, partial(_once_a_shape, {})))
@@ -253,9 +258,9 @@ def _once_a_shape(known: dict[Any, Any], forward: Callable[..., Any], *args: Any
     if not isinstance(tokens, Tensor):
         return forward(*args, **kwargs)
     first = Rows(torch.tensor([0]), len(tokens))
-    given = [first.of(value) for value in args], first.of(kwargs)
-    shape = tuple(value.shape for value in (*given[0], *given[1].values()) if isinstance(value, Tensor))
+    arguments = [first.of(value) for value in args], first.of(kwargs)
+    shape = tuple(value.shape for value in (*arguments[0], *arguments[1].values()) if isinstance(value, Tensor))
     if shape not in known:
         known.clear()  # hidden states of all layers take much room
-        known[shape] = forward(*given[0], **given[1])
+        known[shape] = forward(*arguments[0], **arguments[1])
     return joined([known[shape]] * len(tokens))

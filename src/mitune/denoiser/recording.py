@@ -21,7 +21,7 @@ from mitune.errors import MituneError
 class Step:
     """One denoising step of B candidates, in the dtype of the model."""
 
-    timestep: Tensor  # () or (n,), as the denoiser was told
+    timestep: Tensor  # () or (n,), as the denoiser got it
     noisy: Tensor  # (B, C, H, W) z
     conditional: Tensor  # (B, C, H, W) output with the prompt
     null: Tensor  # (B, C, H, W) output without
@@ -67,9 +67,9 @@ class Reader:
 
     def read(self, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any, address: int) -> Call:
         """A call and what came of it, with the output's sign as the scheduler takes it."""
-        given = self.bind(args, kwargs).arguments
+        bound = self.bind(args, kwargs).arguments
         # Pipelines change mappings of arguments between their calls.
-        arguments: dict[str, Any] = {k: dict(v) if isinstance(v, Mapping) else v for k, v in given.items()}
+        arguments: dict[str, Any] = {k: dict(v) if isinstance(v, Mapping) else v for k, v in bound.items()}
         noisy = as_tensor(arguments.pop(self.noisy_name))
         timestep = torch.as_tensor(arguments.pop(self.family.timestep_name))
         predicted = as_tensor(prediction(output))
@@ -129,7 +129,7 @@ class Recording:
 
     @property
     def passes(self) -> Passes:
-        """What the denoiser was told of the candidates that are left, at the first step."""
+        """The denoiser's conditioning for the candidates that are left, at the first step."""
         family, half = self.family, self.batch // 2
         if family.separate_calls:
             calls, starts = self.arguments, (0, 0)

@@ -1,4 +1,4 @@
-"""What a pipeline tells its denoiser of prompts: seen at one step of a call of it, then told to the denoiser again."""
+"""A pipeline's conditioning of prompts: read off one step of a call of it, then given to the denoiser again."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def passes_of(
     latents: Tensor | None = None,
     batch_size: int = TOGETHER,
 ) -> Passes:
-    """What the pipeline tells its denoiser of these N prompts, and without them, in a call with the arguments `call`.
+    """The denoiser's conditioning on these N prompts, and without them, in a call with the arguments `call`.
 
     latents: (N, ...) as the denoiser sees them, whose size counts then in place of that in `call`.
     Raises ModelError for arguments that the pipeline does not take, or a use of its denoiser that is not known.
@@ -46,12 +46,12 @@ def passes_of(
 
 
 def condition(model: Model, prompts: Sequence[str], batch_size: int = TOGETHER) -> Conditioning:
-    """What the model's pipeline tells its denoiser of each prompt, in a call of the model."""
+    """The denoiser's conditioning on each prompt, in a call of the model."""
     return passes_of(model.pipe, prompts, model.call, batch_size=batch_size).conditional
 
 
 def _one_step(pipe: Pipeline, call: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of a call that shows what the denoiser is told, with the prompt and without."""
+    """Arguments of a call that shows the denoiser's conditioning, with the prompt and without."""
     scale = guidance_name(type(pipe))
     return {
         "num_inference_steps": 2,  # one would do, but makes PixArt take its distilled path
@@ -79,7 +79,7 @@ class _Checked(Exception):
 
 def first_step(pipe: Pipeline, arguments: Mapping[str, Any]) -> MIProbe:
     """The probe of a call of the pipeline with `arguments`, two steps or more, which is left as soon as it is checked:
-    for what the denoiser is told, mostly after one step.
+    for the denoiser's conditioning, mostly after one step.
 
     Raises ModelError for arguments that the pipeline does not take, or a use of its denoiser that is not known.
     """

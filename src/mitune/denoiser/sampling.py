@@ -45,7 +45,7 @@ class Batch:
 
     latents: Tensor  # (B, C, H, W), in the denoiser's space, on the CPU
     trace: Trace
-    passes: Passes  # of the B: what the denoiser was told, on the CPU
+    passes: Passes  # of the B: the denoiser's conditioning, on the CPU
     dropped: list[int]  # (B) the step after which a race dropped it, its latents and terms being NaN; 0 where it stayed
     batch_size: int  # of the denoiser's calls
 

@@ -179,10 +179,10 @@ class SkeletonField:
     def _gaps(self, u: Array, w: Array) -> list[Gap]:
         """J(x|y), and J(x) unless x is a single normal score: that is normal already."""
         u, w = self.canonical_(self.summaries_[0](u), self.summaries_[1](w))
-        given = Gap.of(u, w, self.canonical_.correlations, is_flow=self.is_flow, scale=self.scale)
+        conditional = Gap.of(u, w, self.canonical_.correlations, is_flow=self.is_flow, scale=self.scale)
         if u.shape[1] == 1:
-            return [given]
-        return [given, Gap.of(u, w[:, :0], np.zeros(0), is_flow=self.is_flow, scale=self.scale)]
+            return [conditional]
+        return [conditional, Gap.of(u, w[:, :0], np.zeros(0), is_flow=self.is_flow, scale=self.scale)]
 
 
 def _summary(u: Array, keep: int) -> Map:
@@ -247,9 +247,9 @@ class PaperField:
         noise = torch.randn(x.shape, generator=generator)
         noisy = alpha * x + sigma * noise
         time = _time_features(log_snr)
-        asked = torch.cat([noisy, y, torch.ones_like(log_snr), time], dim=-1)
+        conditioned = torch.cat([noisy, y, torch.ones_like(log_snr), time], dim=-1)
         dropped = torch.cat([noisy, torch.zeros_like(y), torch.zeros_like(log_snr), time], dim=-1)
-        return x, noise, (network(asked), network(dropped))
+        return x, noise, (network(conditioned), network(dropped))
 
 
 @dataclass

@@ -67,7 +67,7 @@ class Folds:
     """A partition of n samples into K parts, as row numbers; shorter parts are filled up by repetition."""
 
     held_out: Tensor  # (K, n/K) the part that member k never sees
-    seen: Tensor  # (K, n − n/K) the rest
+    trained_on: Tensor  # (K, n − n/K) the rest
 
     @classmethod
     def of(cls, samples: int, members: int, generator: Generator) -> Folds:
@@ -118,9 +118,9 @@ def train(problem: Problem, folds: Folds, training: Training, generator: Generat
         rate = min(1, step / 50) * (1 + math.cos(math.pi * step / training.steps)) / 2
         for group in optimizer.param_groups:
             group["lr"] = rate * training.learning_rate
-        drawn = torch.randint(folds.seen.shape[1], (training.members, training.batch), generator=generator)
+        drawn = torch.randint(folds.trained_on.shape[1], (training.members, training.batch), generator=generator)
         optimizer.zero_grad()
-        torch.autograd.backward(problem.loss(network, folds.seen.gather(1, drawn), generator).mean(dim=1).sum())
+        torch.autograd.backward(problem.loss(network, folds.trained_on.gather(1, drawn), generator).mean(dim=1).sum())
         nn.utils.clip_grad_norm_(network.parameters(), 2.0 * training.members)
         optimizer.step()
         with torch.no_grad():

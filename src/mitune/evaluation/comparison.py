@@ -92,10 +92,10 @@ def summarize(rows: pa.Table, baseline: str = "base", *, resamples: int = RESAMP
     seeds = _seeds(zip(unit, of_variant, column_of(rows, "image"), column_of(rows, "seed"), strict=True), images.shape)
     means = np.full((len(units), len(columns)), np.nan)
     for column, (variant, metric) in enumerate(columns):
-        own, values = images[:, variants.index(variant)], scored[metric]
+        image_counts, values = images[:, variants.index(variant)], scored[metric]
         of_this = of_variant == variants.index(variant)
         sums = np.bincount(unit[of_this], weights=values[of_this], minlength=len(units))  # type: ignore[index]
-        np.divide(sums, own, out=means[:, column], where=own > 0)
+        np.divide(sums, image_counts, out=means[:, column], where=image_counts > 0)
     base = [columns.index((baseline, metric)) for _, metric in columns]
 
     comparisons: list[Comparison] = []
@@ -104,9 +104,9 @@ def summarize(rows: pa.Table, baseline: str = "base", *, resamples: int = RESAMP
         inside = [i for i, key in enumerate(units) if category in (key[0], POOLED) and split in (key[1], POOLED)]
         if not inside:
             continue
-        own = means[inside]
-        levels = bootstrap(own, low=0, high=1, resamples=resamples, seed=seed)
-        differences = bootstrap(own - own[:, base], low=-1, high=1, resamples=resamples, seed=seed)
+        group = means[inside]
+        levels = bootstrap(group, low=0, high=1, resamples=resamples, seed=seed)
+        differences = bootstrap(group - group[:, base], low=-1, high=1, resamples=resamples, seed=seed)
         for (variant, metric), value, difference in zip(columns, levels, differences, strict=True):
             if value.prompts:
                 at = np.ix_(inside, [variants.index(variant)])
@@ -125,10 +125,10 @@ def failures(rows: pa.Table) -> list[Failures]:
     variant, category = np.array(column_of(rows, "variant")), np.array(column_of(rows, "category"))
     counts = []
     for name, kind in product(_distinct(variant.tolist()), [*filter(None, _distinct(category.tolist())), POOLED]):
-        own = (variant == name) & ((category == kind) | (kind == POOLED))
-        missed = own & (exact == 0)
-        if own.any():
-            counts.append(Failures(name, kind, int(own.sum()), int(missed.sum()), int((missed & ~malformed).sum())))
+        group = (variant == name) & ((category == kind) | (kind == POOLED))
+        missed = group & (exact == 0)
+        if group.any():
+            counts.append(Failures(name, kind, int(group.sum()), int(missed.sum()), int((missed & ~malformed).sum())))
     return counts
 
 

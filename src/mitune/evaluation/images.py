@@ -111,7 +111,7 @@ class ImageMaker:
         self, items: Sequence[int], on_images: Callable[[int], None]
     ) -> Iterator[tuple[int, pa.Table, dict[str, Tensor]]]:
         """The records of these prompts, in order."""
-        made = sample(
+        samples = sample(
             self._model,
             [self.prompts[index] for index in items],
             count=self.images,
@@ -119,7 +119,7 @@ class ImageMaker:
             batch_size=self._batch_size,
             on_images=on_images,
         )
-        for images, index in zip(made, items, strict=True):  # which asks for one more before it ends
+        for images, index in zip(samples, items, strict=True):  # which asks for one more before it ends
             self._batch_size = images.batch_size
             columns = {
                 "image": list(range(self.images)),

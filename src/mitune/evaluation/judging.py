@@ -96,14 +96,14 @@ class _Judging:
         return load_model(self.config.model)
 
     @cached_property
-    def _shown(self) -> set[int]:
+    def _pictured(self) -> set[int]:
         """The prompts whose pictures are kept."""
-        shown: dict[tuple[str, str], list[str]] = {}
+        pictured: dict[tuple[str, str], list[str]] = {}
         for listed in self.prompts:
-            texts = shown.setdefault((listed.category, listed.split), [])
+            texts = pictured.setdefault((listed.category, listed.split), [])
             if len(texts) < SHOWN_PROMPTS:
                 texts.append(listed.text)
-        return {i for i, one in enumerate(self.prompts) if one.text in shown[one.category, one.split]}
+        return {i for i, one in enumerate(self.prompts) if one.text in pictured[one.category, one.split]}
 
     def table(self, variant: Variant, records: Records, stages: Stages) -> pa.Table:
         """The rows of a variant: those that are there, whole and of these images and this metric, or else new ones."""
@@ -172,7 +172,7 @@ class _Judging:
 
     def _kept(self, variant: Variant, one: _Made, picture: Image) -> str:
         """The place of a picture that the report shows; empty for others."""
-        if one.prompt not in self._shown:
+        if one.prompt not in self._pictured:
             return ""
         name = f"pictures/{variant.slug}/{one.prompt:05d}-{one.image}.png"
         write_image(self.folder / name, picture)

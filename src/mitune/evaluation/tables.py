@@ -32,16 +32,16 @@ def number(value: float, digits: int = 3, *, sign: bool = False) -> str:
     return f"{value:{'+' if sign else ''}.{digits}f}".replace("-", "−")
 
 
-def interval(shown: WithEnds | None, digits: int = 3, *, sign: bool = False, percent: bool = False) -> str:
+def interval(estimate: WithEnds | None, digits: int = 3, *, sign: bool = False, percent: bool = False) -> str:
     """value [low, high]; a dash where there is none.
 
     sign: it is a difference, signed, and bold where zero lies outside. percent: of shares; 42.0 % [38.1, 45.9].
     """
-    if shown is None or math.isnan(shown.value):
+    if estimate is None or math.isnan(estimate.value):
         return DASH
     scale, unit = (100, " %") if percent else (1, "")
-    value, low, high = (number(scale * x, digits, sign=sign) for x in (shown.value, shown.low, shown.high))
-    bold = "**" if sign and (shown.low > 0 or shown.high < 0) else ""
+    value, low, high = (number(scale * x, digits, sign=sign) for x in (estimate.value, estimate.low, estimate.high))
+    bold = "**" if sign and (estimate.low > 0 or estimate.high < 0) else ""
     return f"{bold}{value}{unit} [{low}, {high}]{bold}"
 
 

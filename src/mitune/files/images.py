@@ -85,13 +85,13 @@ def on_grid(images: Sequence[Image.Image], grid: int) -> list[Image.Image]:
 
     Raises MituneError if they differ in size, or have a side below `grid`.
     """
-    shown = [as_shown(image) for image in images]
-    if len({image.size for image in shown}) != 1:
+    pictures = [as_shown(image) for image in images]
+    if len({image.size for image in pictures}) != 1:
         raise MituneError("The images differ in size; score those of one size together.")
-    width, height = shown[0].size
+    width, height = pictures[0].size
     if min(width, height) < grid:
         raise MituneError(
             f"The image has {width} × {height} pixels; the smallest that this model takes has {grid} × {grid}."
         )
     size = (width - width % grid, height - height % grid)
-    return [image if image.size == size else image.resize(size, Image.Resampling.LANCZOS) for image in shown]
+    return [image if image.size == size else image.resize(size, Image.Resampling.LANCZOS) for image in pictures]

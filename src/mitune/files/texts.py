@@ -1,4 +1,4 @@
-"""Text files of the user's, line by line, with all that is wrong in one told at once."""
+"""Text files of the user's, line by line, with all that is wrong in one reported at once."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ _UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 
 @dataclass(slots=True)
 class Faults:
-    """What is wrong with a file or a list, by line or entry; the first fault of each is told."""
+    """What is wrong with a file or a list, by line or entry; the first fault of each is reported."""
 
     source: str
     separator: str = ":"  # between the source and the number
-    found: dict[int, str] = field(default_factory=dict)
+    by_number: dict[int, str] = field(default_factory=dict)
 
     def add(self, number: int, what: str) -> None:
-        self.found.setdefault(number, what)
+        self.by_number.setdefault(number, what)
 
     def refuse(self) -> None:
         """Raises MituneError if there are any."""
-        if not self.found:
+        if not self.by_number:
             return
-        told = [f"{self.source}{self.separator}{n}: {what}" for n, what in sorted(self.found.items())[:SHOWN]]
-        more = len(self.found) - len(told)
-        raise MituneError("; ".join(told) + (f"; and {more} more." if more else "."))
+        messages = [f"{self.source}{self.separator}{n}: {what}" for n, what in sorted(self.by_number.items())[:SHOWN]]
+        more = len(self.by_number) - len(messages)
+        raise MituneError("; ".join(messages) + (f"; and {more} more." if more else "."))
 
 
 def read_lines(file: Path) -> tuple[list[str], Faults]:

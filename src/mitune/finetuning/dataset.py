@@ -33,7 +33,7 @@ class TrainingSet:
     prompts: list[str]
     selection: str  # how the images were chosen, for the model card
     latents: Tensor  # (N, C, H, W), in the denoiser's space, float32
-    conditioning: Conditioning  # of the N: what the denoiser was told of the prompts
+    conditioning: Conditioning  # of the N: the denoiser's arguments for the prompts
     weights: Tensor  # (N,) of the images in the loss, with mean one
     advantages: Tensor  # (N,) of the images over others of their prompt, of either sign; ones where none are given
     is_ranked: bool  # whether advantages are given

@@ -112,7 +112,7 @@ def check_fit(network: AdaptedNetwork, images: TrainingSet, model: str) -> None:
 
 
 def _check_text(text_encoders: TextEncoders, batch: Batch) -> None:
-    """The prompts must still give what the denoiser was told when the images were made, in shape at least."""
+    """The prompts must still give the conditioning that the images were made with, in shape at least."""
     with torch.no_grad():
         encoded = text_encoders(batch.prompts, batch.conditioning)
     for name, tensor in encoded.rows.items():

@@ -149,7 +149,7 @@ def _identity(
     if config.text_encoder:
         read |= {name for name in parts if name.startswith(("text_encoder", "tokenizer"))}
     else:
-        del model["call"]  # what the text encoders are told
+        del model["call"]  # the arguments of the text encoders
     return {
         "model": model | {"parts": {name: parts[name] for name in sorted(read & parts.keys())}},
         "set": images.checksum,

@@ -110,10 +110,10 @@ class Assembly:
         return names
 
 
-def _sealed(folder: Path, made: str) -> dict[str, Any]:
+def _sealed(folder: Path, kind: str) -> dict[str, Any]:
     """The seal of a folder where mitune made this; else none."""
     seal = read_seal(folder) or {}
-    return seal if seal.get("made") == made else {}
+    return seal if seal.get("made") == kind else {}
 
 
 def _write_set(model: Model, records: Iterable[Record], slug: str, target: Path, facts: Mapping[str, Any]) -> None:
@@ -121,10 +121,10 @@ def _write_set(model: Model, records: Iterable[Record], slug: str, target: Path,
     rows, latents, passes, empty = [], [], [], []
     for table, tensors in records:
         position = {j: at for at, j in enumerate(tensors["candidates"].tolist())}
-        found = table.select(["prompt_index", "prompt", "candidate", "seed", f"kept.{slug}"]).to_pylist()
-        kept = [row for row in found if row.pop(f"kept.{slug}")]
+        candidates = table.select(["prompt_index", "prompt", "candidate", "seed", f"kept.{slug}"]).to_pylist()
+        kept = [row for row in candidates if row.pop(f"kept.{slug}")]
         if not kept:
-            empty.append(found[0]["prompt"])
+            empty.append(candidates[0]["prompt"])
         for row in kept:
             name = f"{row['prompt_index']:05d}-{row['candidate']:03d}.png"
             rows.append({"file_name": name, **row, "selection": slug})
@@ -150,7 +150,7 @@ def _write_set(model: Model, records: Iterable[Record], slug: str, target: Path,
 
 
 def _passes(tensors: Mapping[str, Tensor]) -> Passes:
-    """What the denoiser was told of a record's prompt."""
+    """The denoiser's conditioning on a record's prompt."""
     start = "conditioning."
     try:
         return Passes.from_tensors({k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)})

@@ -73,7 +73,7 @@ def build_pool(
     `shard` = (i, n) makes every n-th prompt alone, from the i-th on, so that n processes can share a folder; whoever
     finds all records present writes the sets, as does each later call where files of a set are missing or damaged.
     `executor` has the records made, by default in order; `store` makes, of their folder, the store that they lie in.
-    `identity` is `model_identity` of the model; without it, the weights in memory are asked.
+    `identity` is `model_identity` of the model; without it, that of the weights in memory.
     Raises MituneError for an unknown selection, one that a race would starve, one without a value at the run's
     steps, an oracle without a metric, hard negatives that nothing needs, prompts that the model's call would cut, a
     folder of other settings or of another process, something else in the place of a set, or a model that makes nothing

@@ -52,10 +52,10 @@ class Race:
         """
         kept: set[int] = set()
         for prompt in {place // self.candidates for place in places}:
-            own = [at for at, place in enumerate(places) if place // self.candidates == prompt]
+            group = [at for at, place in enumerate(places) if place // self.candidates == prompt]
             for values in scores.values():
-                best = select([values[at] for at in own], stay)
-                kept |= {own[at] for at in best} or set(own)
+                best = select([values[at] for at in group], stay)
+                kept |= {group[at] for at in best} or set(group)
         return sorted(kept)
 
     def running(self, steps: int) -> list[int]:

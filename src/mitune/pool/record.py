@@ -69,7 +69,7 @@ class PoolMaker:
         self, items: Sequence[int], on_images: Callable[[int], None]
     ) -> Iterator[tuple[int, pa.Table, dict[str, Tensor]]]:
         """The records of these prompts, in order."""
-        made = sample(
+        samples = sample(
             self.model,
             [self.prompts[index] for index in items],
             count=self.config.candidates,
@@ -79,7 +79,7 @@ class PoolMaker:
             scores=[score.online for score in self.scores.values() if score.online is not None],
             on_images=on_images,
         )
-        for sampled, index in zip(made, items, strict=True):  # which asks for one more before it ends
+        for sampled, index in zip(samples, items, strict=True):  # which asks for one more before it ends
             self.batch_size.note(sampled.batch_size)
             yield index, *self._record(index, sampled)
 
@@ -104,8 +104,8 @@ class PoolMaker:
         columns |= {f"score.{name}": of_all for name, of_all in values.items()} | sampled.terms
         kept = {rule.slug: self._kept(rule, values, prompt) for rule in self.rules}
         columns |= {f"kept.{slug}": [candidate in those for candidate in range(count)] for slug, those in kept.items()}
-        shown = self._extremes(values) if index < SHOWN_PROMPTS else ()
-        stored = sorted({*shown, *(candidate for those in kept.values() for candidate in those)})
+        pictured = self._extremes(values) if index < SHOWN_PROMPTS else ()
+        stored = sorted({*pictured, *(candidate for those in kept.values() for candidate in those)})
         tensors = {"latents": sampled.latents[stored], "candidates": torch.tensor(stored, dtype=torch.int64)}
         if sampled.passes is not None:
             tensors |= {f"conditioning.{name}": tensor for name, tensor in sampled.passes.to_tensors().items()}
@@ -140,9 +140,9 @@ class PoolMaker:
         self, metric: ImageMetric, prompt: str, sampled: Sampled, status: Sequence[str]
     ) -> tuple[dict[str, pa.Array], list[float]]:
         """The metric's columns, null where there is no image to judge, and the score that its verdict makes."""
-        shown = [j for j, state in enumerate(status) if state == "ok"]
-        images = list(decode(self.model, sampled.latents[shown])) if shown else []
-        judgments = dict(zip(shown, judge(metric, images, [prompt] * len(shown)), strict=True))
+        valid = [j for j, state in enumerate(status) if state == "ok"]
+        images = list(decode(self.model, sampled.latents[valid])) if valid else []
+        judgments = dict(zip(valid, judge(metric, images, [prompt] * len(valid)), strict=True))
         of_all = [judgments.get(j) for j in range(len(status))]
         columns = {  # typed, as they may be null throughout
             name: pa.array([None if one is None else getattr(one, name) for one in of_all], kind)
@@ -150,7 +150,7 @@ class PoolMaker:
         }
         graded = torch.full((len(status),), torch.nan)
         merits = [merit(metric, one) - one.malformed for one in judgments.values()]  # what cannot be read comes last
-        graded[shown] = torch.tensor(merits)
+        graded[valid] = torch.tensor(merits)
         return columns, graded.tolist()
 
     def _kept(self, rule: Rule, values: Values, prompt: str) -> list[int]:

@@ -25,7 +25,7 @@ class Sampled:
     dropped: list[int] = field(default_factory=list)  # the step after which a race dropped it, or 0
     steps: list[int] = field(default_factory=list)  # that the denoiser made for it
     terms: dict[str, list[Any]] = field(default_factory=dict)  # of the trace
-    passes: Passes | None = None  # what the denoiser was told of the prompt
+    passes: Passes | None = None  # the denoiser's conditioning on the prompt
     batch_size: int = 0  # that the denoiser was called with at last
 
     def add(self, seed: int, batch: Batch, row: int) -> None:

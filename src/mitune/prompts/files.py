@@ -1,4 +1,4 @@
-"""The kinds of files that hold prompts: text, JSON lines, a JSON list, tables with a header; told by their content.
+"""The kinds of files that hold prompts, known by their content: text, JSON lines, a JSON list, tables with a header.
 
 A list that comes with a structure is never taken for plain text: its keys and its header would become prompts.
 """
@@ -36,7 +36,7 @@ class Row:
 def read_rows(file: Path, field: str | None = None) -> tuple[list[Row], Faults]:
     """All prompts of a file, good and bad, and what else is wrong, with each line.
 
-    `field` is the JSON field or the column that holds the prompts; else it is guessed by `FIELDS`, and said. Raises
+    `field` is the JSON field or the column that holds the prompts; else it is guessed by `FIELDS`, and logged. Raises
     MituneError for a file that is no list of prompts at all.
     """
     lines, faults = read_lines(file)
@@ -95,11 +95,11 @@ def _json_lines(lines: Sequence[str], faults: Faults) -> list[tuple[int, Any]]:
 
 
 def _json_list(lines: Sequence[str], faults: Faults) -> list[tuple[int, Any]]:
-    found = _parsed("\n".join(lines))
-    if not isinstance(found, list):
+    entries = _parsed("\n".join(lines))
+    if not isinstance(entries, list):
         raise MituneError(f"{faults.source} holds no JSON list; write [...] with a prompt or an object in each entry.")
     faults.separator = ", entry "
-    return list(enumerate(found, start=1))
+    return list(enumerate(entries, start=1))
 
 
 def _from_json(entries: Sequence[tuple[int, Any]], field: str | None, faults: Faults) -> Iterator[Row]:
@@ -181,12 +181,12 @@ def _quoted_rows(lines: Sequence[str], delimiter: str, faults: Faults) -> Iterat
 
 
 def _named(names: Sequence[str], field: str | None, faults: Faults, line: int = 1) -> str:
-    """The field or column that holds the prompts: the one that was asked for, else the best guess, which is said."""
-    found = field if field in names else None
+    """The field or column that holds the prompts: the one that was asked for, else the best guess, which is logged."""
+    column = field if field in names else None
     if field is None:
         by_rank = {name.strip().lower(): name for name in reversed(names)}
-        found = next((by_rank[known] for known in FIELDS if known in by_rank), None)
-    if found is None:
+        column = next((by_rank[known] for known in FIELDS if known in by_rank), None)
+    if column is None:
         wanted = (
             f"no field or column {field!r}" if field else "none of the fields or columns has a name known for prompts"
         )
@@ -195,5 +195,5 @@ def _named(names: Sequence[str], field: str | None, faults: Faults, line: int = 
             f"(setting prompt_field): {', '.join(map(repr, names)) or 'there is none with a text'}."
         )
     if field is None:
-        log.warning("%s: prompts are read from %r; --prompt-field names another one.", faults.source, found)
-    return found
+        log.warning("%s: prompts are read from %r; --prompt-field names another one.", faults.source, column)
+    return column

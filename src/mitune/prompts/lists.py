@@ -23,7 +23,7 @@ def load_prompts(source: str, model: Model | None = None, field: str | None = No
     """Prompts of a file, or of a world's list.
 
     A file has one prompt a line (a tab ends it, as in T2I-CompBench), JSON lines, a JSON list, or a table with a header
-    (CSV, TSV); `field` names the JSON field or the column, else it is guessed, and said. Fields or columns named
+    (CSV, TSV); `field` names the JSON field or the column, else it is guessed, and logged. Fields or columns named
     category (or tag) and split give these; those of a file called as T2I-CompBench calls its own, CATEGORY_train.txt,
     CATEGORY_val.txt, CATEGORY_val_seen.txt or CATEGORY_val_unseen.txt, are in its name; other prompts have neither.
     Lists of a world are named as in `mitune.worlds.base`: `shapes:train`, `shapes:heldout/color`, `mine:world/train`.
@@ -65,7 +65,7 @@ def _checked(rows: Sequence[Row], faults: Faults, model: Model | None) -> list[R
         if (what := _fault(row.text)) is not None:
             faults.add(row.number, what)
     if model is not None:
-        good = [row for row in first.values() if row.number not in faults.found]
+        good = [row for row in first.values() if row.number not in faults.by_number]
         for text, reading in cut_texts(model.pipe, [row.text for row in good], model.call).items():
             faults.add(first[text].number, str(reading))
     faults.refuse()

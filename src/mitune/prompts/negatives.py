@@ -22,14 +22,14 @@ from mitune.worlds.base import Negative, worlds
 OWN = "own"  # the kind of those from the user's file
 
 
-def hard_negatives(prompt: str, own: Mapping[str, Sequence[Negative]] | None = None) -> list[Negative]:
+def hard_negatives(prompt: str, listed: Mapping[str, Sequence[Negative]] | None = None) -> list[Negative]:
     """Every hard negative of a prompt, which may be none.
 
-    They are those of `own` (see `load_negatives`) if it knows the prompt, else those of the world of the table that it
+    They are those of `listed` (see `load_negatives`) if it has the prompt, else those of the world of the table that it
     is a prompt of, else those that rules on the words find.
     """
-    if own is not None and prompt in own:
-        return list(own[prompt])
+    if listed is not None and prompt in listed:
+        return list(listed[prompt])
     for world in worlds():
         negatives = world.negatives(prompt)
         if negatives is not None:

@@ -113,12 +113,12 @@ class _Words:
 
 def _attributes(text: str) -> Iterator[tuple[str, str]]:
     words = _Words(text)
-    found = [i for i, word in enumerate(words.lower) if word in _FAMILY and words.followed_by_word(i)]
-    for i, j in itertools.combinations(found, 2):
+    places = [i for i, word in enumerate(words.lower) if word in _FAMILY and words.followed_by_word(i)]
+    for i, j in itertools.combinations(places, 2):
         first, second = words.lower[i], words.lower[j]
         if _FAMILY[first] == _FAMILY[second] and _meaning(first) != _meaning(second):
             yield f"{_FAMILY[first]} swapped", words.changed({i: second, j: first})
-    for i in found:
+    for i in places:
         family = _FAMILY[words.lower[i]]
         yield f"{family} exchanged", words.changed({i: _next(words.lower[i], ATTRIBUTES[family].split(), words.lower)})
 
@@ -187,8 +187,8 @@ def _objects(text: str) -> Iterator[tuple[str, str]]:
 def _next(word: str, known: list[str], taken: list[str]) -> str:
     """The first after `word` that says something else than it and all that is taken: a fixed choice, spread over the
     table. Where none is left, the one before it."""
-    start, said = known.index(word), {_meaning(other) for other in (word, *taken)}
-    return next((other for other in (*known[start:], *known) if _meaning(other) not in said), known[start - 1])
+    start, meanings = known.index(word), {_meaning(other) for other in (word, *taken)}
+    return next((other for other in (*known[start:], *known) if _meaning(other) not in meanings), known[start - 1])
 
 
 def _meaning(word: str) -> str:

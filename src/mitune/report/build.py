@@ -72,14 +72,14 @@ def context(run: Path) -> Context:
 
 def headline(run: Path) -> str:
     """The verdict on the run's first selection in one sentence; empty if nothing was judged."""
-    shown = context(run)["headline"]
-    if shown is None:
+    result = context(run)["headline"]
+    if result is None:
         return ""
-    difference = shown["difference"]
+    difference = result["difference"]
     return (
-        f"{shown['verdict']}: {shown['metric']} {shown['base']} → {shown['tuned']} with {shown['variant']} (difference "
-        f"{difference['value']} points, 95 % interval {difference['span']}; prompts × images × seeds: "
-        f"{shown['basis']})."
+        f"{result['verdict']}: {result['metric']} {result['base']} → {result['tuned']} with {result['variant']} "
+        f"(difference {difference['value']} points, 95 % interval {difference['span']}; prompts × images × seeds: "
+        f"{result['basis']})."
     )
 
 
@@ -102,11 +102,11 @@ def _settings(config: Mapping[str, Any]) -> list[tuple[str, str]]:
         "evaluated on": "eval_prompts",
         "images a prompt": "eval.images",
     }
-    shown = {label: setting(config, name) for label, name in names.items()}
+    values = {label: setting(config, name) for label, name in names.items()}
     for label in ("guidance scale", "sampling steps"):
-        shown[label] = "the model’s own" if shown[label] is None else shown[label]
+        values[label] = "the model’s own" if values[label] is None else values[label]
     seeds = [setting(config, f"{part}.seed") for part in ("pool", "finetune", "eval")]
     if None not in seeds:
-        shown["seeds: pool, training, evaluation"] = seeds
-    joined = {label: ", ".join(map(str, v)) if isinstance(v, list | tuple) else v for label, v in shown.items()}
+        values["seeds: pool, training, evaluation"] = seeds
+    joined = {label: ", ".join(map(str, v)) if isinstance(v, list | tuple) else v for label, v in values.items()}
     return [(label, str(value)) for label, value in joined.items() if value is not None]

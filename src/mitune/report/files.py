@@ -84,5 +84,5 @@ def rounds(run: Path) -> list[Path]:
 
 def pool_of(round_folder: Path, selection: str) -> Path:
     """Where the candidates of a round lie that a selection chose among: a pool of its own, or the one of all."""
-    own = round_folder / f"pool-{selection}"
-    return own if own.is_dir() else round_folder / "pool"
+    separate = round_folder / f"pool-{selection}"
+    return separate if separate.is_dir() else round_folder / "pool"

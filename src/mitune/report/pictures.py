@@ -61,11 +61,11 @@ class Card:
     more: tuple[Strip, ...] = ()
 
 
-def before_after(folder: Path, images: pa.Table, shown: Sequence[str]) -> list[Card]:
+def before_after(folder: Path, images: pa.Table, foremost: Sequence[str]) -> list[Card]:
     """Cards for the prompts with saved pictures, the columns of a card being the same seeds; `folder` is eval/.
 
     Prompts come in the order of the table, one of each category in turn: none is picked by its result. Variants not
-    in `shown` are folded away. Raises MituneError for a picture outside `folder` or one that cannot be read.
+    in `foremost` are folded away. Raises MituneError for a picture outside `folder` or one that cannot be read.
     """
     of_prompt: dict[tuple[str, str, str], list[Row]] = defaultdict(list)
     names = ("category", "split", "prompt", "variant", "image", "seed", "exact", "malformed", "missed", "picture")
@@ -79,10 +79,14 @@ def before_after(folder: Path, images: pa.Table, shown: Sequence[str]) -> list[C
         columns = sorted({(row["image"], row["seed"]) for row in rows})[:COLUMNS]
         strips = []
         for variant in dict.fromkeys(row["variant"] for row in rows):
-            own = {(row["image"], row["seed"]): row for row in rows if row["variant"] == variant}
-            strips.append(Strip(variant, tuple(_evaluated(folder, own[at]) if at in own else None for at in columns)))
-        strips.sort(key=lambda strip: shown.index(strip.name) if strip.name in shown else len(shown))
-        front = tuple(strip for strip in strips if strip.name in shown)
+            of_variant = {(row["image"], row["seed"]): row for row in rows if row["variant"] == variant}
+            strips.append(
+                Strip(
+                    variant, tuple(_evaluated(folder, of_variant[at]) if at in of_variant else None for at in columns)
+                )
+            )
+        strips.sort(key=lambda strip: foremost.index(strip.name) if strip.name in foremost else len(foremost))
+        front = tuple(strip for strip in strips if strip.name in foremost)
         cards.append(Card(prompt, tuple(filter(None, (category, split))), front, tuple(strips[len(front) :])))
     return cards
 
@@ -106,9 +110,11 @@ def extremes(folder: Path, candidates: pa.Table, score: str, ties: str | None = 
     for prompt in sorted(of_prompt)[:EXTREMES]:
         rows = sorted(of_prompt[prompt], key=lambda row: (row[column], row[second]), reverse=True)
         texts = [f"{row[column]:.4g}".replace("-", "−") for row in rows]
-        shown = [_picture(saved[prompt, row["candidate"]], row, (text,)) for row, text in zip(rows, texts, strict=True)]
-        half = (len(shown) + 1) // 2
-        strips = (Strip("best", tuple(shown[:half])), Strip("worst", tuple(shown[half:])))
+        pictures = [
+            _picture(saved[prompt, row["candidate"]], row, (text,)) for row, text in zip(rows, texts, strict=True)
+        ]
+        half = (len(pictures) + 1) // 2
+        strips = (Strip("best", tuple(pictures[:half])), Strip("worst", tuple(pictures[half:])))
         cards.append(Card(str(rows[0]["prompt"]), (), strips))
     return cards
 

@@ -51,14 +51,14 @@ def _pool(folder: Path, title: str, config: Mapping[str, Any], rules: Sequence[R
     verdict = {"exact": pa.bool_(), "graded": pa.float64(), "malformed": pa.bool_()}
     candidates = read_table(folder / "candidates.parquet", optional=verdict)
     where = f"{folder.parent.name}/{folder.name}"
-    shown: Context = {"folder": where, "id": where.replace("/", "-"), "title": title, "made": candidates is not None}
+    context: Context = {"folder": where, "id": where.replace("/", "-"), "title": title, "made": candidates is not None}
     if candidates is None:
-        return shown
+        return context
     names = [name.removeprefix("score.") for name in candidates.column_names if name.startswith("score.")]
     statuses = candidates["status"].to_pylist()
     by = next((name for name in (*(rule.by for rule in rules), "mi-tune", *names) if name in names), None)
     keep = setting(config, "pool.keep") or 1
-    return shown | {
+    return context | {
         "prompts": len(candidates["prompt_index"].unique()),
         "candidates": candidates.num_rows,
         "broken": statuses.count("nan"),
@@ -87,7 +87,7 @@ def _scores(candidates: pa.Table, keep: int, selecting: Sequence[str], where: st
             groups = [("series-0", centered[finite])]
         known = SCORES.get(name)
         post_hoc = POST_HOC.get(name)
-        shown: Context = {
+        entry: Context = {
             "name": name,
             "selects": name in selecting,
             "formula": known.formula if known else post_hoc.formula if post_hoc else "",
@@ -96,10 +96,10 @@ def _scores(candidates: pa.Table, keep: int, selecting: Sequence[str], where: st
             "histogram": plots.histogram(groups, f"Distribution of {name}, {where}"),
             "judged": _judged(judged[name]) if name in judged else None,
         }
-        if shown["judged"]:
+        if entry["judged"]:
             shares, drawn = _by_rank(scores, exact, prompts), judged[name].drawn.value
-            shown["by_rank"] = plots.by_rank(shares, drawn, f"Exact share by rank of {name}, {where}")
-        listed.append(shown)
+            entry["by_rank"] = plots.by_rank(shares, drawn, f"Exact share by rank of {name}, {where}")
+        listed.append(entry)
     return sorted(listed, key=lambda score: not score["selects"])
 
 
@@ -108,15 +108,15 @@ def _judged(quality: Selection) -> Context | None:
     if not quality.kept.prompts:
         return None
     shares = {"kept": quality.kept, "drawn": quality.drawn, "oracle": quality.oracle}
-    shown: Context = {
+    summary: Context = {
         key: {"value": percent(share.value), "span": span(share), "share": round(100 * share.value, 1)}
         for key, share in shares.items()
     }
-    shown |= {"prompts": quality.kept.prompts, "agreement": None}
+    summary |= {"prompts": quality.kept.prompts, "agreement": None}
     if tau := quality.agreement:
         value, low, high = (number(x, 2, sign=True) for x in (tau.value, tau.low, tau.high))
-        shown["agreement"] = {"value": value, "span": f"{low} to {high}", "prompts": tau.prompts, "sign": tau.sign}
-    return shown
+        summary["agreement"] = {"value": value, "span": f"{low} to {high}", "prompts": tau.prompts, "sign": tau.sign}
+    return summary
 
 
 def _by_rank(scores: Array, exact: Array, prompts: NDArray[np.int64]) -> Array:

@@ -27,13 +27,13 @@ def training(folder: Path, colors: Mapping[str, str]) -> Context | None:
     if not runs:
         return None
     titles = {"loss": "loss", "gradient_norm": "norm of the gradient"}
-    made = []
+    charts = []
     for key, title in titles.items():
         lines = [
             plots.Curve(colors.get(name, "base"), *(_series(rows, column) for column in ("iteration", key)))
             for name, rows in runs.items()
         ]
-        made.append(plots.curves(lines, title, f"Training, {folder.name}: {title}"))
+        charts.append(plots.curves(lines, title, f"Training, {folder.name}: {title}"))
     legend = [
         {
             "name": name,
@@ -44,7 +44,7 @@ def training(folder: Path, colors: Mapping[str, str]) -> Context | None:
         }
         for name, rows in runs.items()
     ]
-    return {"plots": made, "legend": legend}
+    return {"plots": charts, "legend": legend}
 
 
 def _series(rows: Sequence[Mapping[str, Any]], key: str) -> Array:

@@ -98,9 +98,9 @@ def metric_table(comparisons: Sequence[Comparison], metric: Metric) -> Context:
             cells = [cells_of.get((category, split, variant)) for variant in variants]
             bases = list(dict.fromkeys(c.basis for c in cells if c))
             if bases:
-                shown = [_cell(c) for c in cells]
+                row_cells = [_cell(c) for c in cells]
                 name = _label(category) if split == POOLED else f"{_label(category)}, {split}"
-                rows.append({"name": name, "sub": split != POOLED, "basis": " or ".join(bases), "cells": shown})
+                rows.append({"name": name, "sub": split != POOLED, "basis": " or ".join(bases), "cells": row_cells})
     return {"metric": metric, "title": TITLES[metric], "variants": variants, "rows": rows, "splits": splits}
 
 
@@ -114,15 +114,15 @@ def _cell(comparison: Comparison | None) -> Context | None:
 def forest_of(comparisons: Sequence[Comparison], colors: Mapping[str, str]) -> Context | None:
     """Differences by category, with the variants that the colors stand for."""
     metric = min((c.metric for c in comparisons), key=METRICS.index, default=None)
-    shown = [c for c in comparisons if c.metric == metric and c.split == POOLED and c.difference]
+    pooled = [c for c in comparisons if c.metric == metric and c.split == POOLED and c.difference]
     rows = [
         (
             _label(category),
-            [(colors[c.variant], c.difference) for c in shown if c.category == category and c.difference],
+            [(colors[c.variant], c.difference) for c in pooled if c.category == category and c.difference],
         )
-        for category in _named([c.category for c in shown])
+        for category in _named([c.category for c in pooled])
     ]
-    if not shown or metric is None:
+    if not pooled or metric is None:
         return None
     plot = plots.forest(rows, f"Differences to the base model in {TITLES[metric]}, by category")
-    return {"plot": plot, "variants": list(dict.fromkeys(c.variant for c in shown)), "title": TITLES[metric]}
+    return {"plot": plot, "variants": list(dict.fromkeys(c.variant for c in pooled)), "title": TITLES[metric]}

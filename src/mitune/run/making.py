@@ -32,7 +32,7 @@ class Maker(Protocol):
     def records(
         self, items: Sequence[int], on_images: Callable[[int], None]
     ) -> Iterator[tuple[int, pa.Table, Mapping[str, Tensor]]]:
-        """Each item with its record, in any order; `on_images` is told of each few images that have been made."""
+        """Each item with its record, in any order; `on_images` gets the number of images whenever a few are made."""
         ...
 
 
@@ -53,8 +53,8 @@ def make_records(
 
     executor: by default in order. progress, watch: as in `Making`.
     """
-    own = len(range(shard[0], count, shard[1]))
-    task = Making(maker, records, items=own, progress=progress, watch=watch)
+    share = len(range(shard[0], count, shard[1]))
+    task = Making(maker, records, items=share, progress=progress, watch=watch)
     for _ in Shards(*shard, executor or Local()).map(task, range(count)):
         pass
 
@@ -97,7 +97,7 @@ class Making:
         """Makes the records of those of the items that have none."""
         with self._turn:
             todo = [item for item in items if not self._has_record(item)]
-            for item, table, tensors in self._maker.records(todo, self._made):
+            for item, table, tensors in self._maker.records(todo, self._note_images):
                 self._records.write(item, table, tensors)
                 self._partial -= self._maker.images
                 self._note(item, table, new=True)
@@ -114,7 +114,7 @@ class Making:
             if self._watch:
                 self._watch(table, new)
 
-    def _made(self, images: int) -> None:
+    def _note_images(self, images: int) -> None:
         self._partial += images
         self._report()
 

@@ -34,25 +34,25 @@ def write_seal(folder: Path, names: Iterable[str], *, seal: str = SEAL, **facts:
 def read_seal(folder: Path, seal: str = SEAL) -> dict[str, Any] | None:
     """The seal of a folder; None if there is none that can be read."""
     try:
-        found = json.loads((folder / seal).read_text(encoding="utf-8"))
-        return found if isinstance(found["files"], dict) else None
+        content = json.loads((folder / seal).read_text(encoding="utf-8"))
+        return content if isinstance(content["files"], dict) else None
     except DAMAGED:
         return None
 
 
 def faults(folder: Path, seal: str = SEAL) -> list[str]:
     """The files that a folder's seal names and that are missing or differ, in order; the seal itself if it is none."""
-    found = read_seal(folder, seal)
-    if found is None:
+    content = read_seal(folder, seal)
+    if content is None:
         return [seal]
-    return [name for name, sealed in found["files"].items() if _checksum(folder / name) != sealed]
+    return [name for name, sealed in content["files"].items() if _checksum(folder / name) != sealed]
 
 
 def is_whole(folder: Path, facts: Mapping[str, object], seal: str = SEAL) -> bool:
     """Whether a folder's seal says just that, and every file that it names is as it was written."""
-    found = read_seal(folder, seal) or {}
-    said = {name: value for name, value in found.items() if name != "files"}
-    return said == json.loads(json.dumps(facts)) and not faults(folder, seal)
+    content = read_seal(folder, seal) or {}
+    recorded = {name: value for name, value in content.items() if name != "files"}
+    return recorded == json.loads(json.dumps(facts)) and not faults(folder, seal)
 
 
 def _checksum(file: Path) -> str:

@@ -165,8 +165,8 @@ def claim(folder: Path, settings: Mapping[str, Any], what: str) -> None:
         write_json(file, wanted)
         return
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        there, now = dict(_flat(found)), dict(_flat(wanted))
+        settings_on_disk = json.loads(file.read_text(encoding="utf-8"))
+        there, now = dict(_flat(settings_on_disk)), dict(_flat(wanted))
     except DAMAGED as error:
         raise MituneError(
             f"{file} is damaged, so that nobody knows what made this {what}; choose another folder, or delete that "

@@ -28,17 +28,17 @@ def mismatch(needs: Mapping[str, Sequence[str]], installed: Mapping[str, str]) -
     """
     for package, lines in needs.items():
         required = [r for r in map(Requirement, lines) if r.marker is None or r.marker.evaluate({"extra": ""})]
-        found = {r: installed.get(canonicalize_name(r.name)) for r in required}
+        versions = {r: installed.get(canonicalize_name(r.name)) for r in required}
         unmet = [
             r
-            for r, present in found.items()
+            for r, present in versions.items()
             if (package == _OURS if present is None else not r.specifier.contains(present, prereleases=True))
         ]
         if unmet:
-            asked = ", ".join(f"{r.name}{r.specifier}" for r in unmet)
-            state = ", ".join(f"{r.name} {found[r]}" if found[r] else f"no {r.name}" for r in unmet)
+            requirements = ", ".join(f"{r.name}{r.specifier}" for r in unmet)
+            state = ", ".join(f"{r.name} {versions[r]}" if versions[r] else f"no {r.name}" for r in unmet)
             remedy = " ".join(f'"{r.name}{r.specifier}"' for r in unmet)
-            return f"{package} needs {asked}, but finds {state}; run: pip install {remedy}"
+            return f"{package} needs {requirements}, but finds {state}; run: pip install {remedy}"
     return None
 
 
@@ -50,7 +50,7 @@ def check_versions() -> None:
     needs = {_OURS: ours} | {name: _required_by(name) for name in direct}
     needs.setdefault("transformers", []).extend(_peft_of_transformers())
     packages = {canonicalize_name(Requirement(line).name) for lines in needs.values() for line in lines}
-    if sentence := mismatch(needs, {name: found for name in packages if (found := _version(name))}):
+    if sentence := mismatch(needs, {name: version for name in packages if (version := _version(name))}):
         raise MituneError(sentence)
 
 
@@ -70,8 +70,8 @@ def _version(package: str) -> str | None:
 
 def _peft_of_transformers() -> list[str]:
     """What transformers asks of PEFT: its metadata leave it out, and it is checked when an adapter is made."""
-    found = find_spec("transformers")  # without importing it
-    if found is None or found.origin is None:
+    spec = find_spec("transformers")  # without importing it
+    if spec is None or spec.origin is None:
         return []
-    table = Path(found.origin).with_name("dependency_versions_table.py")
+    table = Path(spec.origin).with_name("dependency_versions_table.py")
     return re.findall(r'"(peft[<>=!~][^"]*)"', table.read_text(encoding="utf-8")) if table.exists() else []

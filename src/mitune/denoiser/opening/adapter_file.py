@@ -49,15 +49,15 @@ def weights_file(adapter: Path) -> Path:
         raise ModelError(f"There is no adapter folder {adapter}; train one with `mitune train`.")
     if (adapter / WEIGHTS_FILE).is_file():
         return adapter / WEIGHTS_FILE
-    found = sorted(file for file in adapter.glob("*.safetensors") if file.is_file())
-    if not found:
+    files = sorted(file for file in adapter.glob("*.safetensors") if file.is_file())
+    if not files:
         raise ModelError(
             f"{adapter} holds no adapter: there is no .safetensors file in it, and mitune opens no other kind, as "
             "that may run code; train one with `mitune train`, or convert what is there."
         )
-    if len(found) > 1:
-        raise ModelError(f"{adapter} holds {len(found)} .safetensors files; name the one that is meant.")
-    return found[0]
+    if len(files) > 1:
+        raise ModelError(f"{adapter} holds {len(files)} .safetensors files; name the one that is meant.")
+    return files[0]
 
 
 def read_weights(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -60,10 +60,10 @@ def calling(pipe: Pipeline, call: Mapping[str, Any]) -> Iterator[None]:
     except Exception as error:
         if raised_in(error, {"mitune", "diffusers", "transformers"}) == "mitune":
             raise
-        given = {name: value for name, value in call.items() if isinstance(value, str | int | float | list | dict)}
-        shown = ", ".join(f"{name} = {value!r}" for name, value in given.items() if name not in OURS)
+        values = {name: value for name, value in call.items() if isinstance(value, str | int | float | list | dict)}
+        arguments = ", ".join(f"{name} = {value!r}" for name, value in values.items() if name not in OURS)
         raise ModelError(
-            f"{type(pipe).__name__} cannot be called with {shown or 'its own defaults'} ({type(error).__name__}: "
+            f"{type(pipe).__name__} cannot be called with {arguments or 'its own defaults'} ({type(error).__name__}: "
             f"{first_line(error)}); {_remedy(pipe, call)}."
         ) from error
 

@@ -38,8 +38,8 @@ class Components:
     @property
     def pipeline_class(self) -> type[Any]:
         """The class of the whole; most have `save_lora_weights` and `load_lora_weights` for adapters."""
-        found: type[Any] = getattr(diffusers, self.index["_class_name"])
-        return found
+        kind: type[Any] = getattr(diffusers, self.index["_class_name"])
+        return kind
 
     @property
     def denoiser_name(self) -> str:
@@ -59,11 +59,11 @@ class Components:
         """The denoiser, on the CPU, in the dtype of the settings."""
         config, source, name = self.config, self.source, self.denoiser_name
         if config.is_single_file:
-            found = open_single_denoiser(config, source, self.index, name)
+            network = open_single_denoiser(config, source, self.index, name)
         else:
             check_files(source, self.index, config.variant, set(self.index) - {name})
             with opening(config):
-                found = AutoModel.from_pretrained(
+                network = AutoModel.from_pretrained(
                     source.place,
                     subfolder=name,
                     variant=config.variant,
@@ -71,7 +71,7 @@ class Components:
                     use_safetensors=True,
                     **source.arguments,
                 )
-        module: nn.Module = found
+        module: nn.Module = network
         return module
 
     def scheduler(self) -> Scheduler:

@@ -71,14 +71,14 @@ def parts_in(index: Mapping[str, Any]) -> Iterator[tuple[str, type[Any]]]:
         library, kind = part
         home = {"diffusers": diffusers, "transformers": transformers}.get(library)
         home = home or getattr(diffusers.pipelines, str(library), None)
-        found = getattr(home, str(kind), None)
-        if found is None and not str(kind).endswith("FeatureExtractor"):  # diffusers knows the new names of these
+        part_class = getattr(home, str(kind), None)
+        if part_class is None and not str(kind).endswith("FeatureExtractor"):  # diffusers knows the new names of these
             raise ModelError(
                 f"The part {name} is a {kind} of {library}, which is not there; upgrade the library if a newer one has "
                 "it (code that comes with a model is never run)."
             )
-        if found is not None:
-            yield name, found
+        if part_class is not None:
+            yield name, part_class
 
 
 def check_files(source: Source, index: Mapping[str, Any], variant: str | None, without: Iterable[str] = ()) -> None:
@@ -124,11 +124,11 @@ def _read_json(file: Path) -> Any:
 def _check_weights(label: str, part: str, present: set[str], variant: str | None) -> set[str | None]:
     """The variants in which the weights of a part are there; None for the plain ones."""
     matches = filter(None, map(_WEIGHTS.fullmatch, present))
-    found = {match["variant"] or match["last"] for match in matches}
-    if found & {None, variant}:
-        return found
-    if found:
-        names = sorted(str(name) for name in found)
+    variants = {match["variant"] or match["last"] for match in matches}
+    if variants & {None, variant}:
+        return variants
+    if variants:
+        names = sorted(str(name) for name in variants)
         raise ModelError(
             f"{label} has the weights of {part} in the variant {' or '.join(names)} alone; set model.variant, e.g. "
             f"--set model.variant={names[0]}."

@@ -58,7 +58,7 @@ def _checked(from_pretrained: Callable[..., Any]) -> Callable[..., Any]:
     """The same class method, which asks what came of the checkpoint's weights, and refuses it if some were missing."""
 
     def checked(cls: type[Any], place: Any, *arguments: Any, **options: Any) -> Any:
-        asked = options.pop("output_loading_info", False)
+        with_info = options.pop("output_loading_info", False)
         part = "/".join(str(name) for name in (place, options.get("subfolder")) if name)
         if issubclass(cls, PreTrainedModel):
             options["ignore_mismatched_sizes"] = True  # else the names are in its log alone
@@ -67,14 +67,14 @@ def _checked(from_pretrained: Callable[..., Any]) -> Callable[..., Any]:
         except Exception as error:
             raise ModelError(f"Cannot open the {cls.__name__} in {part} ({_reason(error)}); {AGAIN}.") from error
         if missing := sorted(info["missing_keys"]):
-            raise ModelError(f"The weights in {part} lack {_some(missing)} of a {cls.__name__}; {AGAIN}.")
+            raise ModelError(f"The weights in {part} lack {_listing(missing)} of a {cls.__name__}; {AGAIN}.")
         if misfits := sorted(str(key[0]) for key in info["mismatched_keys"]):
             raise ModelError(
-                f"The weights {_some(misfits)} in {part} have other sizes than in its config.json; {AGAIN}."
+                f"The weights {_listing(misfits)} in {part} have other sizes than in its config.json; {AGAIN}."
             )
         if unexpected := sorted(info["unexpected_keys"]):
-            log.warning("The weights in %s have no place in a %s: %s.", part, cls.__name__, _some(unexpected))
-        return (module, info) if asked else module
+            log.warning("The weights in %s have no place in a %s: %s.", part, cls.__name__, _listing(unexpected))
+        return (module, info) if with_info else module
 
     return checked
 
@@ -84,7 +84,7 @@ def _reason(error: Exception) -> str:
     return textwrap.shorten(re.split(r"[.,] If (?:you|this)\b", first_line(error))[0], 250)
 
 
-def _some(names: list[str]) -> str:
+def _listing(names: list[str]) -> str:
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more
 
@@ -95,4 +95,4 @@ def check_complete(pipe: Pipeline) -> None:
         if isinstance(module, torch.nn.Module):
             missing = sorted(name for name, weight in module.state_dict().items() if weight.is_meta)
             if missing:
-                raise ModelError(f"The model's file lacks {_some(missing)} of {part}; download it again, whole.")
+                raise ModelError(f"The model's file lacks {_listing(missing)} of {part}; download it again, whole.")

@@ -70,7 +70,7 @@ def parts_of(config: ModelConfig) -> str:
 def guidance_name(pipeline_class: type[Any]) -> str:
     """The argument of the pipeline's call that weighs the pass with the prompt against the one without.
 
-    In pipelines that have true_cfg_scale, guidance_scale is told to the network, and makes no second pass.
+    In pipelines that have true_cfg_scale, guidance_scale is an input of the network, and makes no second pass.
     """
     accepted = inspect.signature(pipeline_class.__call__).parameters
     return "true_cfg_scale" if "true_cfg_scale" in accepted else "guidance_scale"
@@ -176,9 +176,9 @@ def open_pipeline(
         except SingleFileComponentError:  # not all parts are in the file: the base has the others
             pass
         name = "unet" if "unet" in index else "transformer"
-        given = absent if name in absent else {name: open_single_denoiser(config, source, index, name), **absent}
-        check_files(source, index, config.variant, given)
-        return cast(Pipeline, DiffusionPipeline.from_pretrained(source.place, **options, **given))
+        parts = absent if name in absent else {name: open_single_denoiser(config, source, index, name), **absent}
+        check_files(source, index, config.variant, parts)
+        return cast(Pipeline, DiffusionPipeline.from_pretrained(source.place, **options, **parts))
 
 
 def _check_single_file(config: ModelConfig) -> None:

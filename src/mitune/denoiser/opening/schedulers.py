@@ -47,18 +47,18 @@ def scheduler_for(config: ModelConfig, shipped: Scheduler) -> Scheduler:
                 f"model.scheduler.{option} is no option of {kind.__name__}{_nearest(option, accepted)}; it has "
                 f"{', '.join(accepted)}."
             )
-    said = said_of_itself(config.name) if config.is_single_file and "://" not in config.name else {}
-    for option, value in said.items():
+    of_file = options_of_file(config.name) if config.is_single_file and "://" not in config.name else {}
+    for option, value in of_file.items():
         if option not in accepted and option not in options and shipped.config.get(option) != value:
             raise ModelError(
                 f"{config.name} says that it needs {option} = {value}, which {kind.__name__} does not have; set "
                 "model.scheduler.name to one that has it, such as DDIMScheduler or EulerDiscreteScheduler."
             )
-    given = said | options
-    if kind is type(shipped) and all(shipped.config.get(name) == value for name, value in given.items()):
+    overrides = of_file | options
+    if kind is type(shipped) and all(shipped.config.get(name) == value for name, value in overrides.items()):
         return shipped
     try:
-        scheduler: Scheduler = kind.from_config(shipped.config, **given)
+        scheduler: Scheduler = kind.from_config(shipped.config, **overrides)
         if not scheduler.config.get("use_dynamic_shifting"):
             kind.from_config(scheduler.config).set_timesteps(10)  # says whether the values are ones that it knows
     except (ValueError, TypeError, ImportError, NotImplementedError) as error:
@@ -70,8 +70,8 @@ def scheduler_for(config: ModelConfig, shipped: Scheduler) -> Scheduler:
     return scheduler
 
 
-def said_of_itself(file: str) -> dict[str, Any]:
-    """What a .safetensors file says of the scheduler that its model was trained for, as options of one.
+def options_of_file(file: str) -> dict[str, Any]:
+    """The options of the scheduler that the model in a .safetensors file was trained for, by its header and keys.
 
     Raises ModelError if it cannot be read, or asks for a scheduler that mitune does not know.
     """
@@ -84,14 +84,14 @@ def said_of_itself(file: str) -> dict[str, Any]:
         ) from error
     if _UNKNOWN in keys:
         raise ModelError(f"{file} says that it was trained for EDM's noise levels, which mitune does not know.")
-    said: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     for key, options in _KEYS.items():
         if key in keys:
-            said |= options
+            settings |= options
     for (name, value), options in _HEADER.items():
         if str(header.get(name, "")).lower() == value:
-            said |= options
-    return said
+            settings |= options
+    return settings
 
 
 def _kind(name: str | None, shipped: type[Any]) -> type[Any]:

@@ -31,7 +31,7 @@ class Batch:
     timesteps: Tensor  # (B,) t, float32
     path: NoisePath  # α, σ and what the network predicts
     prompts: Sequence[str]  # B texts, which text encoders that are trained read
-    conditioning: Conditioning  # of the B: what the denoiser is told of the prompts
+    conditioning: Conditioning  # of the B: the denoiser's arguments for the prompts
     weights: Tensor  # (B,) of the images, with mean one over the set
     advantages: Tensor  # (B,) over other images of the prompt, of either sign; one in a set that is not ranked
     worse: Tensor  # (B, C, H, W) latents of an image of the same prompt with less advantage; its own where none has

@@ -141,9 +141,9 @@ def bench_truth(
     for name, settings in zip(names, models_of(names, None, device, assignments), strict=True):
         loaded = load_model(settings)
         with stage(f"Estimating with {name}") as step:
-            found = study(loaded, scenes=scenes, draws=draws, seed=seed, progress=step)
+            result = study(loaded, scenes=scenes, draws=draws, seed=seed, progress=step)
         figure = output.with_name(f"{output.stem}-{Path(name).name}.png")
-        write_bytes(figure, calibration_figure(found))
-        sections.append(tables_of(found, figure.name))
+        write_bytes(figure, calibration_figure(result))
+        sections.append(tables_of(result, figure.name))
         write_bytes(output, page("truth", command=made_by(context), sections="\n".join(sections)).encode())
     say("Tables", output)

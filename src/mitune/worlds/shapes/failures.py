@@ -16,20 +16,20 @@ def failures_of(verdict: Verdict, prompt: Prompt) -> set[str]:
     """
     if verdict.malformed:
         return {MALFORMED}
-    found = set()
-    asked = {phrase.shape: phrase.count for phrase in prompt.phrases}
-    shown = {shape: sum(o.shape == shape for o in verdict.scene) for shape in asked}
-    if any(o.shape not in asked for o in verdict.scene) or any(shown[s] > asked[s] for s in asked):
-        found.add(TOO_MUCH)
-    if any(shown[s] < asked[s] for s in asked):
-        found.add(TOO_LITTLE)
+    failures = set()
+    wanted = {phrase.shape: phrase.count for phrase in prompt.phrases}
+    drawn = {shape: sum(o.shape == shape for o in verdict.scene) for shape in wanted}
+    if any(o.shape not in wanted for o in verdict.scene) or any(drawn[s] > wanted[s] for s in wanted):
+        failures.add(TOO_MUCH)
+    if any(drawn[s] < wanted[s] for s in wanted):
+        failures.add(TOO_LITTLE)
     for phrase in prompt.phrases:
-        own = [o for o in verdict.scene if o.shape == phrase.shape]
-        if any(phrase.color not in (None, o.color) or phrase.texture not in (None, o.texture) for o in own):
-            found.add(BOUND)
+        objects = [o for o in verdict.scene if o.shape == phrase.shape]
+        if any(phrase.color not in (None, o.color) or phrase.texture not in (None, o.texture) for o in objects):
+            failures.add(BOUND)
     first_two = [phrase.shape for phrase in prompt.phrases[:2]]
-    if prompt.relation and all(shown[shape] == 1 for shape in first_two):
+    if prompt.relation and all(drawn[shape] == 1 for shape in first_two):
         placed = f"{first_two[0]} {prompt.relation} {first_two[1]}"
         if placed in verdict.missed:
-            found.add(PLACED)
-    return found
+            failures.add(PLACED)
+    return failures

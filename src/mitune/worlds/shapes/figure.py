@@ -26,9 +26,9 @@ def save_grid(model: Model, file: Path, *, images: int, seed: int) -> None:
     requests = [Request(prompt=p, seed=candidate_seed(seed, p, j)) for p in prompts for j in range(images)]
     pictures, judged = [], []
     for chunk, batch in generate_all(model, requests, min(64, len(requests))):
-        made = list(decode(model, batch.latents))
-        pictures += made
-        judged += ShapesMetric()(made, [request.prompt for request in chunk])
+        decoded = list(decode(model, batch.latents))
+        pictures += decoded
+        judged += ShapesMetric()(decoded, [request.prompt for request in chunk])
     figure = Figure(figsize=(images + 2.6, len(prompts) * 1.06 + 0.4), layout="constrained")
     axes = figure.subplots(len(prompts), images + 1, width_ratios=[2.6, *[1] * images], squeeze=False)
     for row, (category, prompt) in enumerate(zip(CATEGORIES, prompts, strict=True)):

@@ -116,15 +116,15 @@ def _ground(picture: Array, placed: Sequence[_Placed]) -> Array:
 class _View(NamedTuple):
     """What the picture shows of one object, given the others.
 
-    The picture less what lies in front is seen · (behind + Σ maps · (colors − behind)), where `seen` is what the
-    objects in front leave of a pixel. The target is the picture less all that does not depend on the maps; the squared
-    errors of many maps are then products of matrices.
+    The picture less what lies in front is uncovered · (behind + Σ maps · (colors − behind)), where `uncovered` is what
+    the objects in front leave of a pixel. The target is the picture less all that does not depend on the maps; the
+    squared errors of many maps are then products of matrices.
     """
 
     object: Object
     ground: Array
-    linear: Array  # (P, 6): seen · target · (1, behind)
-    squares: Array  # (P, 7): seen² · (1, behind, behind²)
+    linear: Array  # (P, 6): uncovered · target · (1, behind)
+    squares: Array  # (P, 7): uncovered² · (1, behind, behind²)
 
     def anew(self) -> _Placed:
         """The object as any color, shape and texture, at any pose."""
@@ -164,10 +164,12 @@ def _view(wide: Array, ground: Array, placed: Sequence[_Placed], index: int) -> 
     window = placed[index].window
     back, front = placed[:index], placed[index + 1 :]
     behind, over = (_drawing(others)[window].reshape(-1, 3) for others in (back, front))
-    seen, shown = (_clear(others)[window].reshape(-1, 1) for others in (front, ()))
-    target = shown * (wide[window].reshape(-1, 3) - over) - seen * behind
-    linear = np.hstack([seen * target, seen * target * behind])
-    return _View(placed[index].object, ground, linear, np.hstack([seen**2, seen**2 * behind, seen**2 * behind**2]))
+    uncovered, inside = (_clear(others)[window].reshape(-1, 1) for others in (front, ()))
+    target = inside * (wide[window].reshape(-1, 3) - over) - uncovered * behind
+    linear = np.hstack([uncovered * target, uncovered * target * behind])
+    return _View(
+        placed[index].object, ground, linear, np.hstack([uncovered**2, uncovered**2 * behind, uncovered**2 * behind**2])
+    )
 
 
 def _costs(linear: Array, squares: Array, nominal: Array, shade: float) -> tuple[Array, Array]:

@@ -83,22 +83,22 @@ def parse(text: str) -> Prompt:
 
 
 def _parse_phrase(part: str, text: str) -> Phrase:
-    found: dict[str, str] = {}
+    words: dict[str, str] = {}
     for position, word in enumerate(part.split()):
         noun = next((s for s in SHAPES if word in (s, s + "s", s + "es")), None)
         if position == 0 and word in (*NUMBERS, "an"):
-            found["number"] = "a" if word == "an" else word
+            words["number"] = "a" if word == "an" else word
         elif word in COLORS:
-            found["color"] = word
+            words["color"] = word
         elif word in TEXTURES:
-            found["texture"] = word
+            words["texture"] = word
         elif noun:
-            found["shape"] = noun
+            words["shape"] = noun
         else:
             raise PromptError(f"{text!r}: the shapes world does not know {word!r} here. See `mitune shapes prompts`.")
-    if "shape" not in found or "number" not in found:
+    if "shape" not in words or "number" not in words:
         raise PromptError(f"{text!r}: {part!r} needs a number and a shape, as in 'two red circles'.")
-    return Phrase(found["shape"], NUMBERS.index(found["number"]) + 1, found.get("color"), found.get("texture"))
+    return Phrase(words["shape"], NUMBERS.index(words["number"]) + 1, words.get("color"), words.get("texture"))
 
 
 @dataclass(frozen=True, slots=True)

@@ -99,8 +99,8 @@ def read(image: NDArray[np.uint8]) -> Reading:
     residual = 0.0
     for y in range(GRID):
         row = picture[y * CELL : (y + 1) * CELL]
-        found, errors = _read_row(row)
-        objects += [Object(*KINDS[kind], x, y) for x, kind in found]
+        kinds, errors = _read_row(row)
+        objects += [Object(*KINDS[kind], x, y) for x, kind in kinds]
         residual = max(residual, float(np.sqrt(errors.max() / (CELL * STEP * 3))))
     reading = Reading(tuple(objects), residual)
     if objects and MALFORMED < residual < HOPELESS:

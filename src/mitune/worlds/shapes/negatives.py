@@ -26,15 +26,15 @@ def wider_negatives(text: str) -> list[Negative]:
         return []
     phrases = prompt.phrases
     absent = [shape for shape in SHAPES if shape not in {phrase.shape for phrase in phrases}]
-    found = []
+    variations = []
     for i, phrase in enumerate(phrases):
         if phrase.count < len(NUMBERS):
-            found.append(("one more", _with(prompt, {i: replace(phrase, count=phrase.count + 1)})))
-        found += [("object exchanged", _with(prompt, {i: replace(phrase, shape=shape)})) for shape in absent]
+            variations.append(("one more", _with(prompt, {i: replace(phrase, count=phrase.count + 1)})))
+        variations += [("object exchanged", _with(prompt, {i: replace(phrase, shape=shape)})) for shape in absent]
     if not prompt.relation:
-        found += [("object added", replace(prompt, phrases=(*phrases, Phrase(shape)))) for shape in absent]
+        variations += [("object added", replace(prompt, phrases=(*phrases, Phrase(shape)))) for shape in absent]
     hard = {negative.prompt for negative in shapes_negatives(text)}
-    return [Negative(str(other), kind) for kind, other in found if str(other) not in hard]
+    return [Negative(str(other), kind) for kind, other in variations if str(other) not in hard]
 
 
 def _variations(prompt: Prompt) -> Iterator[tuple[str, Prompt]]:
@@ -59,10 +59,10 @@ def _variations(prompt: Prompt) -> Iterator[tuple[str, Prompt]]:
         if others:
             yield "object exchanged", _with(prompt, {i: replace(phrase, shape=_next(phrase.shape, SHAPES, others))})
         for attribute, values in (("color", COLORS), ("texture", TEXTURES)):
-            own = getattr(phrase, attribute)
+            current = getattr(phrase, attribute)
             others = [value for value in values if value not in {getattr(p, attribute) for p in phrases}]
-            if own and others:
-                other = _changed(phrase, attribute, _next(own, values, others))
+            if current and others:
+                other = _changed(phrase, attribute, _next(current, values, others))
                 yield f"{attribute} exchanged", _with(prompt, {i: other})
 
 

@@ -29,7 +29,7 @@ def combinations(prompt: Prompt, category: str) -> Iterator[tuple[str, ...]]:
         yield from ((str(getattr(phrase, attribute)), phrase.shape) for phrase in prompt.phrases)
 
 
-def _asked(prompt: Prompt, category: str) -> bool:
+def _in_range(prompt: Prompt, category: str) -> bool:
     """Counts: two to five of one kind, up to three of each of two kinds; the world itself goes on to six and four."""
     counts = [phrase.count for phrase in prompt.phrases]
     return category != "numeracy" or (2 <= counts[0] <= 5 if len(counts) == 1 else max(counts) <= 3)
@@ -41,7 +41,7 @@ def prompt_list(category: str) -> tuple[Listed, ...]:
     rng = random.Random(f"mitune {category}")
     chosen_forms = [form for form in forms() if form.category == category]
     prompts = [p for form in chosen_forms for p in rng.sample(form.prompts, min(len(form.prompts), 600))]
-    prompts = [p for p in prompts if _asked(p, category)]
+    prompts = [p for p in prompts if _in_range(p, category)]
     rng.shuffle(prompts)
     known = sorted({pair for prompt in prompts for pair in combinations(prompt, category)})
     unseen = set(rng.sample(known, max(1, round(UNSEEN_SHARE * len(known)))))

@@ -72,8 +72,8 @@ def _placements(relation: str) -> tuple[tuple[tuple[int, int], tuple[int, int]],
         rights = [((x, y), (x + 1, y)) for x in range(2 * GRID - 2) for y in range(GRID)]
         return tuple(rights + [(b, a) for a, b in rights])
     cells = [(x, y) for x in range(0, 2 * GRID, 2) for y in range(GRID)]
-    made = {cell: Object("red", "circle", "plain", *cell) for cell in cells}
-    return tuple((a, b) for a in cells for b in cells if relation_holds(relation, made[a], made[b], False))
+    objects = {cell: Object("red", "circle", "plain", *cell) for cell in cells}
+    return tuple((a, b) for a in cells for b in cells if relation_holds(relation, objects[a], objects[b], False))
 
 
 def sample_scene(prompt: Prompt, rng: random.Random) -> Scene:
@@ -85,8 +85,8 @@ def sample_scene(prompt: Prompt, rng: random.Random) -> Scene:
         places = [(2 * (cell % GRID), cell // GRID) for cell in cells]
     objects: list[Object] = []
     # Where one object covers another, their colors must differ, or nobody could tell which lies in front.
-    asked = {phrase.color for phrase in prompt.phrases}
-    others = [color for color in COLORS if color not in asked]
+    named_colors = {phrase.color for phrase in prompt.phrases}
+    others = [color for color in COLORS if color not in named_colors]
     depth = prompt.relation in DEPTH_RELATIONS
     free = rng.sample(others, 2) if depth else rng.choices(COLORS, k=len(prompt.phrases))
     for phrase, free_color in zip(prompt.phrases, free, strict=True):
@@ -105,24 +105,24 @@ def parts(scene: Sequence[Object], prompt: Prompt) -> list[tuple[str, bool]]:
     """The prompt's parts, each with whether the scene meets it: per phrase its number, color and texture, then the
     relation, then that nothing else is there."""
     by_phrase = [[o for o in scene if o.shape == phrase.shape] for phrase in prompt.phrases]
-    found: list[tuple[str, bool]] = []
+    checks: list[tuple[str, bool]] = []
     for phrase, objects in zip(prompt.phrases, by_phrase, strict=True):
-        found.append((str(Phrase(phrase.shape, phrase.count)), len(objects) == phrase.count))
+        checks.append((str(Phrase(phrase.shape, phrase.count)), len(objects) == phrase.count))
         for attribute in ("color", "texture"):
-            asked = getattr(phrase, attribute)
-            if asked:
-                met = bool(objects) and all(getattr(o, attribute) == asked for o in objects)
-                found.append((f"{phrase.shape}: {asked}", met))
+            value = getattr(phrase, attribute)
+            if value:
+                met = bool(objects) and all(getattr(o, attribute) == value for o in objects)
+                checks.append((f"{phrase.shape}: {value}", met))
     if prompt.relation:
         first, second = by_phrase[:2]
         met = len(first) == 1 and len(second) == 1
         if met:
             in_front = scene.index(first[0]) > scene.index(second[0])
             met = relation_holds(prompt.relation, first[0], second[0], in_front)
-        found.append((f"{prompt.phrases[0].shape} {prompt.relation} {prompt.phrases[1].shape}", met))
-    asked_shapes = {phrase.shape for phrase in prompt.phrases}
-    found.append(("nothing else", all(o.shape in asked_shapes for o in scene)))
-    return found
+        checks.append((f"{prompt.phrases[0].shape} {prompt.relation} {prompt.phrases[1].shape}", met))
+    named_shapes = {phrase.shape for phrase in prompt.phrases}
+    checks.append(("nothing else", all(o.shape in named_shapes for o in scene)))
+    return checks
 
 
 def log_likelihood(scene: Scene, prompt: Prompt) -> float:

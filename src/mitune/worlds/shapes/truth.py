@@ -151,11 +151,11 @@ def _kinds_of_scenes(prompt: Prompt) -> Iterator[tuple[Scene, float]]:
 
 def _painted(prompt: Prompt, places: Places) -> Iterator[Scene]:
     """The prompt's scenes with objects at these places, phrase after phrase: one for each choice of the open colors."""
-    asked = {phrase.color for phrase in prompt.phrases}
+    named_colors = {phrase.color for phrase in prompt.phrases}
     open_ = [i for i, phrase in enumerate(prompt.phrases) if phrase.color is None]
     palettes: Iterable[tuple[str, ...]]
     if prompt.relation in DEPTH_RELATIONS:  # see `sample_scene`
-        palettes = itertools.permutations([c for c in COLORS if c not in asked], len(open_))
+        palettes = itertools.permutations([c for c in COLORS if c not in named_colors], len(open_))
     else:
         palettes = itertools.product(COLORS, repeat=len(open_))
     for palette in palettes:

@@ -1,4 +1,4 @@
-"""What a network says of one image with several prompts: its loss, and the estimates beside it. In nats."""
+"""A network's loss on one image with several prompts, and the estimates beside it. In nats."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ SPLIT = 2.0  # log-SNR
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Said:
-    """A network on one image with the empty prompt, first, and P others: (P + 1,) each."""
+class Estimates:
+    """Those of a network on one image with the empty prompt, first, and P others: (P + 1,) each."""
 
     loss: Tensor  # L of (1), nats
     orthogonal: Tensor  # ½ ∫ ‖ε̂(z | p) − ε̂(z | ∅)‖² dλ, nats
@@ -38,7 +38,7 @@ class Said:
 
 
 @torch.no_grad()
-def ask(model: Model, latents: Tensor, prompts: Sequence[str], *, draws: int, seed: int) -> Said:
+def estimates_of(model: Model, latents: Tensor, prompts: Sequence[str], *, draws: int, seed: int) -> Estimates:
     """Noises one image, latents (1, C, H, W), and denoises it with the empty prompt and each of the others."""
     path = model.denoiser.path
     inside = default_proposal(path, "self-confidence")  # one question for all, and this one is a mean over it
@@ -47,7 +47,7 @@ def ask(model: Model, latents: Tensor, prompts: Sequence[str], *, draws: int, se
     clean, _, _ = _integrals(model, latents, [EMPTY, prompts[0]], beyond, END_DRAWS, seed)
     strata = loss.shape[1]  # from noise to clean; one counts as high where its middle lies
     high = inside.at((torch.arange(strata) + 0.5) / strata) > SPLIT
-    return Said(
+    return Estimates(
         loss=loss.mean(dim=1),
         orthogonal=orthogonal.mean(dim=1),
         confidence=confidence.mean(dim=1),

@@ -44,7 +44,7 @@ from mitune.worlds.shapes.grammar import CATEGORIES, Prompt, forms, parse, sampl
 from mitune.worlds.shapes.negatives import shapes_negatives
 from mitune.worlds.shapes.scene import Scene, log_likelihood, picture, sample_scene
 from mitune.worlds.shapes.truth import Truth
-from mitune.worlds.shapes.truth_losses import END_DRAWS, Said, ask
+from mitune.worlds.shapes.truth_losses import END_DRAWS, Estimates, estimates_of
 
 ASKED, CAPTION, UNRELATED = "asked", "another caption", "unrelated"  # and the kinds of hard negatives
 MIXTURE = "mixture"
@@ -53,7 +53,7 @@ WORLD_SCENES, PROMPT_SCENES = 512, 64  # that stand for p(x) and p(x | p) at the
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pair:
-    """A rendered scene with a prompt beside it: the truth, and what the network says."""
+    """A rendered scene with a prompt beside it: the truth, and the network's estimates."""
 
     scene: int
     category: str  # of the prompt that was asked for
@@ -118,12 +118,14 @@ def study(
     gaps: list[Gap] = []
     for index, case in enumerate(cases):
         latents = _encode(model, [case.scene])
-        said = ask(model, latents, [str(prompt) for _, prompt in case.beside], draws=draws, seed=seed + index)
-        found = _pairs(index, case, said, truth)
-        own = _encode(model, [sample_scene(case.asked, rng) for _ in range(PROMPT_SCENES)])
-        ends = [_noisy_end(model, latents[0], others, seed + index) for others in (world, own)]
-        pairs += found
-        gaps.append(_gap(case, found[0], said, ends, truth, trained))
+        estimates = estimates_of(
+            model, latents, [str(prompt) for _, prompt in case.beside], draws=draws, seed=seed + index
+        )
+        of_scene = _pairs(index, case, estimates, truth)
+        of_prompt = _encode(model, [sample_scene(case.prompt, rng) for _ in range(PROMPT_SCENES)])
+        ends = [_noisy_end(model, latents[0], others, seed + index) for others in (world, of_prompt)]
+        pairs += of_scene
+        gaps.append(_gap(case, of_scene[0], estimates, ends, truth, trained))
         if progress:
             progress(index + 1, len(cases))
     return Study(model=model.name, scenes=scenes, draws=draws, emphasis=emphasis, pairs=pairs, gaps=gaps)
@@ -145,20 +147,20 @@ class _Case:
     beside: list[tuple[str, Prompt]]
 
     @property
-    def asked(self) -> Prompt:
+    def prompt(self) -> Prompt:
         return self.beside[0][1]
 
 
 def _cases(category: str, count: int, truth: Truth, seed: int) -> Iterator[_Case]:
     rng = random.Random(f"{seed} {category}")
-    own = [form for form in forms() if form.category == category]
-    for form in rng.choices(own, weights=[form.weight for form in own], k=count):
-        asked = rng.choice(form.prompts)
-        scene = sample_scene(asked, rng)
-        beside = [(ASKED, asked)]
-        beside += [(CAPTION, caption) for caption in truth.captions(scene) if caption != asked]
+    of_category = [form for form in forms() if form.category == category]
+    for form in rng.choices(of_category, weights=[form.weight for form in of_category], k=count):
+        prompt = rng.choice(form.prompts)
+        scene = sample_scene(prompt, rng)
+        beside = [(ASKED, prompt)]
+        beside += [(CAPTION, caption) for caption in truth.captions(scene) if caption != prompt]
         by_kind: dict[str, list[Prompt]] = {}
-        for negative in shapes_negatives(str(asked)):
+        for negative in shapes_negatives(str(prompt)):
             by_kind.setdefault(negative.kind, []).append(parse(negative.prompt))
         beside += [(kind, rng.choice(prompts)) for kind, prompts in by_kind.items()]
         drawn = (sample_prompt(rng) for _ in itertools.count())
@@ -172,10 +174,10 @@ def _encode(model: Model, scenes: Sequence[Scene]) -> Tensor:
     return torch.cat(chunks)
 
 
-def _pairs(index: int, case: _Case, said: Said, truth: Truth) -> list[Pair]:
+def _pairs(index: int, case: _Case, estimates: Estimates, truth: Truth) -> list[Pair]:
     captions = [row for row, (kind, _) in enumerate(case.beside, start=1) if kind in (ASKED, CAPTION)]
     priors = torch.tensor([math.log(truth.probabilities[case.beside[row - 1][1]]) for row in captions])
-    marginal = torch.logsumexp(priors.double() - said.loss[captions], dim=0)
+    marginal = torch.logsumexp(priors.double() - estimates.loss[captions], dim=0)
     return [
         Pair(
             scene=index,
@@ -184,10 +186,10 @@ def _pairs(index: int, case: _Case, said: Said, truth: Truth) -> list[Pair]:
             kind=kind,
             truth=truth.information(case.scene, prompt),
             estimates={
-                "standard": (said.loss[0] - said.loss[row]).item(),
-                "orthogonal": said.orthogonal[row].item(),
-                MIXTURE: (-said.loss[row] - marginal).item(),
-                "self-confidence": said.confidence[row].item(),
+                "standard": (estimates.loss[0] - estimates.loss[row]).item(),
+                "orthogonal": estimates.orthogonal[row].item(),
+                MIXTURE: (-estimates.loss[row] - marginal).item(),
+                "self-confidence": estimates.confidence[row].item(),
             },
         )
         for row, (kind, prompt) in enumerate(case.beside, start=1)
@@ -197,23 +199,23 @@ def _pairs(index: int, case: _Case, said: Said, truth: Truth) -> list[Pair]:
 # --- The gap -----------------------------------------------------------------------------------------------------
 
 
-def _gap(case: _Case, asked: Pair, said: Said, ends: Sequence[float], truth: Truth, trained: Truth) -> Gap:
+def _gap(case: _Case, pair: Pair, estimates: Estimates, ends: Sequence[float], truth: Truth, trained: Truth) -> Gap:
     """Solves (2) for E(∅) and E(p), with the noisy ends of both."""
     marginal = truth.log_marginal(case.scene)
-    null_excess = said.loss[0].item() + marginal + ends[0]
-    excess = said.loss[1].item() + log_likelihood(case.scene, case.asked) + ends[1]
+    null_excess = estimates.loss[0].item() + marginal + ends[0]
+    excess = estimates.loss[1].item() + log_likelihood(case.scene, case.prompt) + ends[1]
     emphasis = marginal - trained.log_marginal(case.scene)
     return Gap(
         category=case.category,
-        truth=asked.truth,
+        truth=pair.truth,
         noisy_end=ends[1] - ends[0],
         conditional=-excess,
         emphasis=emphasis,
         null=null_excess - emphasis,
-        standard=asked.estimates["standard"],
-        mixture=asked.estimates[MIXTURE],
-        at_high_snr=said.at_high_snr,
-        clean_end=said.clean_end,
+        standard=pair.estimates["standard"],
+        mixture=pair.estimates[MIXTURE],
+        at_high_snr=estimates.at_high_snr,
+        clean_end=estimates.clean_end,
     )
 
 

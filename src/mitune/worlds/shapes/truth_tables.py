@@ -84,10 +84,10 @@ def _bias_table(study: Study) -> str:
     truth = Truth()
     rows = []
     for category in _categories(study):
-        asked = _of(study, category, ASKED)
+        pairs = _of(study, category, ASKED)
         exact = truth.mutual_information(None if category == POOLED else category)
-        biases = [_estimate(mean(p.estimates[name] - p.truth for p in asked), sign=True) for name in IN_NATS]
-        rows.append([category, number(exact, 2), _estimate(mean(p.truth for p in asked)), *biases])
+        biases = [_estimate(mean(p.estimates[name] - p.truth for p in pairs), sign=True) for name in IN_NATS]
+        rows.append([category, number(exact, 2), _estimate(mean(p.truth for p in pairs)), *biases])
     return table(["category", "exact", "truth", *(f"bias of {name}" for name in IN_NATS)], rows)
 
 
@@ -98,7 +98,7 @@ def _rank_table(study: Study) -> str:
         row = [category]
         for name in ESTIMATORS:
             groups = [
-                (np.array([p.truth for p in some]), np.array([p.estimates[name] for p in some])) for some in scenes
+                (np.array([p.truth for p in group]), np.array([p.estimates[name] for p in group])) for group in scenes
             ]
             row.append(
                 "<br>".join(interval(correlation(groups, statistic), 2) for statistic in (spearman, kendall_tau))
@@ -111,8 +111,8 @@ def _ratio_table(study: Study) -> str:
     rows = []
     for category in _categories(study):
         differences = [
-            (p.truth - asked.truth, p.estimates["standard"] - asked.estimates["standard"])
-            for asked, *others in _by_scene(_of(study, category, ASKED, CAPTION)).values()
+            (p.truth - prompted.truth, p.estimates["standard"] - prompted.estimates["standard"])
+            for prompted, *others in _by_scene(_of(study, category, ASKED, CAPTION)).values()
             for p in others
         ]
         true, estimated = np.array(differences).reshape(-1, 2).T
@@ -126,10 +126,10 @@ def _fall_table(study: Study) -> str:
     scenes = _by_scene(study.pairs).values()
     rows = []
     for kind in (*kinds, UNRELATED):
-        beside = [(some[0], p) for some in scenes for p in some if p.kind == kind]
+        beside = [(group[0], p) for group in scenes for p in group if p.kind == kind]
         row = [kind, str(len(beside))]
         for name in ("standard", "orthogonal", "self-confidence"):
-            falls = [asked.estimates[name] - wrong.estimates[name] for asked, wrong in beside]
+            falls = [prompted.estimates[name] - wrong.estimates[name] for prompted, wrong in beside]
             share = Share(hits=sum(fall > 0 for fall in falls), trials=len(falls))
             digits = 4 if name == "self-confidence" else 1
             row += [_estimate(mean(falls), digits, sign=True), interval(share, 2)]
@@ -152,8 +152,8 @@ def _gap_table(study: Study) -> str:
     }
     rows = []
     for category in _categories(study):
-        some = [g for g in study.gaps if category in (g.category, POOLED)]
-        rows.append([category, *(_estimate(mean(map(value, some))) for value in columns.values())])
+        gaps = [g for g in study.gaps if category in (g.category, POOLED)]
+        rows.append([category, *(_estimate(mean(map(value, gaps))) for value in columns.values())])
     return table(["category", *columns], rows)
 
 
@@ -170,11 +170,11 @@ def calibration_figure(study: Study) -> bytes:
         figure = sheet(11, 4.3)
         for axes, name in zip(figure.subplots(1, len(IN_NATS)), IN_NATS, strict=True):
             for index, category in enumerate(_categories(study)[:-1]):
-                asked, others = _of(study, category, ASKED), _of(study, category, CAPTION)
+                prompted, others = _of(study, category, ASKED), _of(study, category, CAPTION)
                 color = f"C{index}"
                 for pairs, style in (
                     (others, {"s": 6, "alpha": 0.25}),
-                    (asked, {"s": 14, "alpha": 0.9, "label": category}),
+                    (prompted, {"s": 14, "alpha": 0.9, "label": category}),
                 ):
                     axes.scatter(
                         [p.truth for p in pairs], [p.estimates[name] for p in pairs], color=color, linewidths=0, **style

@@ -158,12 +158,12 @@ def train_denoiser(
         index = torch.multinomial(weights, config.batch_size, replacement=True, generator=generator)
         turn = int(torch.randint(world["latents"].shape[1], (), generator=generator))
         scenes = world["latents"][index].float().roll(turn, dims=1)
-        told = tokens[index]
+        captions = tokens[index]
         for row in (torch.rand(len(index), generator=generator) < config.wrong_captions).nonzero().flatten().tolist():
             wrong = wrong_tokens[index[row]]
-            told[row] = wrong[torch.randint(len(wrong), (), generator=generator)]
+            captions[row] = wrong[torch.randint(len(wrong), (), generator=generator)]
         with torch.autocast("cpu", torch.bfloat16):
-            loss = trainee.loss(scenes, told, empty, generator)
+            loss = trainee.loss(scenes, captions, empty, generator)
         optimizer.zero_grad()
         torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(parameters.values(), 1.0)
