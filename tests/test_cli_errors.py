@@ -1,5 +1,6 @@
 """Whatever is wrong with a command, it ends in a sentence and a status: in this process, on tiny inputs."""
 
+import importlib
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from mitune.cli import app
 from mitune.cli.boundary import Commands, last_word, resumable
 from mitune.config.presets import PRESETS
 from mitune.errors import MituneError
+from mitune.pool.selection import apply, parse_rule
 from mitune.run.stopping import Stopped
 from tests.tiny import tiny_sd
 
@@ -115,7 +117,16 @@ def test_arguments_that_are_no_text():
 
 
 def failing(error):
-    """A command line of one command that raises."""
+    """A command line whose commands raise."""
+
+    def fail():
+        raise error
+
+    return running(fail)
+
+
+def running(action):
+    """A command line whose commands do this."""
     application = typer.Typer(cls=Commands)
 
     @application.callback()
@@ -125,11 +136,11 @@ def failing(error):
     @application.command()
     @resumable
     def pool():
-        raise error
+        action()
 
     @application.command()
     def score():
-        raise error
+        action()
 
     return application
 
@@ -146,11 +157,6 @@ def failing(error):
         (PermissionError(13, "Permission denied", "a.png"), 2, "Cannot use 'a.png' (permission denied)"),
         (OSError(36, "File name too long", LONG), 2, "(the name is too long)"),
         (MemoryError(), 2, "Out of memory"),
-        (
-            KeyError("weights"),
-            1,
-            "This looks like a fault in mitune (KeyError: 'weights'); run the command with --debug",
-        ),
         (Stopped(signal.SIGTERM), 143, "Stopped by SIGTERM; the same command goes on from here."),
         (Stopped(signal.SIGHUP), 129, "Stopped by SIGHUP; the same command goes on from here."),
         (KeyboardInterrupt(), 130, "Stopped by SIGINT; the same command goes on from here."),
@@ -160,6 +166,34 @@ def test_what_a_command_raises(error, status, sentence):
     given, shown = invoke("pool", application=failing(error))
     assert (given, sentence in shown) == (status, True), shown
     assert "Traceback" not in shown
+
+
+def test_a_fault_of_mitune():
+    status, shown = invoke("pool", application=running(lambda: apply(parse_rule("sharp"), {}, keep=1, seed=0)))
+    assert status == 1
+    assert "This looks like a fault in mitune (KeyError: 'sharp'); run the command with --debug" in shown
+
+
+@pytest.mark.parametrize(
+    ("line", "raised"),
+    [
+        ("return {}['weights']", "KeyError: 'weights'"),
+        ("return torch.nn.Linear(2, 2)(torch.ones(3))", "RuntimeError: mat1 and mat2 shapes cannot be multiplied"),
+        ("return json.loads('[')", "JSONDecodeError: Expecting value"),
+        ("raise OSError('no answer')", "OSError: no answer"),
+    ],
+)
+def test_a_fault_in_a_file_of_the_users_own(tmp_path, monkeypatch, line, raised):
+    """Also where a library that it calls raises."""
+    file = tmp_path / "mine.py"
+    file.write_text(f"import json, torch\ndef sharp():\n    {line}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    sharp = importlib.import_module("mine").sharp
+    monkeypatch.delitem(sys.modules, "mine")
+    status, shown = invoke("pool", application=running(sharp))
+    assert status == 2 and f"Error: {file}:3 raised {raised}" in shown, shown
+    assert shown.endswith("; mend it there (--debug shows the traceback).") and "Traceback (" not in shown
 
 
 def test_going_on_is_promised_only_where_it_is_true():
@@ -189,7 +223,8 @@ def test_errors_of_libraries_are_no_fault_of_mitune():
     for call in calls:
         with pytest.raises(Exception) as caught:
             call()
-        sentence, status = last_word(caught.value, goes_on=False)
+        libraries_alone = caught.tb.tb_next.tb_next  # type: ignore[union-attr]  # as if mitune had called them
+        sentence, status = last_word(caught.value.with_traceback(libraries_alone), goes_on=False)
         assert status == 2 and "cannot go on" in sentence.plain, sentence.plain
 
 

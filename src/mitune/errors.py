@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import sysconfig
 import traceback
 from collections.abc import Collection, Iterable
+from pathlib import Path
+
+_MITUNE = Path(__file__).resolve().parent
+_STANDARD = [Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib")]
 
 
 class MituneError(ValueError):
@@ -35,3 +40,22 @@ def raised_in(error: BaseException, packages: Collection[str]) -> str | None:
     frames = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))
     names = [str(name).partition(".")[0] for name in frames]
     return next((name for name in reversed(names) if name in packages), None)
+
+
+def place_in_own_file(error: BaseException) -> str | None:
+    """`file:line` of the user's own code where an exception was raised; None where it was raised in mitune's.
+
+    What libraries raise is of whoever called them.
+    """
+    for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
+        file = Path(frame.f_code.co_filename).resolve()
+        if file.is_relative_to(_MITUNE):
+            return None
+        if file.is_file() and not _is_library(file):
+            return f"{file}:{line}"
+    return None
+
+
+def _is_library(file: Path) -> bool:
+    installed = "site-packages" in file.parts or "dist-packages" in file.parts
+    return installed or any(file.is_relative_to(folder) for folder in _STANDARD)

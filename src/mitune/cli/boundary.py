@@ -13,7 +13,7 @@ from typer import Exit
 from typer.core import TyperGroup
 
 from mitune.cli.options import console
-from mitune.errors import MituneError, first_line, raised_in
+from mitune.errors import MituneError, first_line, place_in_own_file, raised_in
 from mitune.run.stopping import Stopped, signals_raised
 
 P = ParamSpec("P")
@@ -75,13 +75,14 @@ def last_word(error: BaseException, *, goes_on: bool) -> tuple[Text, int]:
         return _error("Out of memory; set model.dtype=bfloat16 or model.offload=model, or smaller batches."), 2
     if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
         return _error(f"Cannot use {error.filename!r} ({_reason(error)}); give another path, or mend this one."), 2
+    cause = f"{type(error).__name__}: {first_line(error)}"
+    if place := place_in_own_file(error):
+        return _error(f"{place} raised {cause}; mend it there (--debug shows the traceback)."), 2
     package = raised_in(error, PACKAGES)
     if package != "mitune" or isinstance(error, OSError):
-        cause = f"{type(error).__name__}: {first_line(error)}"
         return _error(f"{package} cannot go on ({cause}); --debug shows where."), 2
     return _error(
-        f"This looks like a fault in mitune ({type(error).__name__}: {first_line(error)}); run the command with "
-        "--debug and report what it shows."
+        f"This looks like a fault in mitune ({cause}); run the command with --debug and report what it shows."
     ), 1
 
 
