@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mitune.errors import MituneError
-from mitune.pool.selection import apply, mean_rank, parse_rule, select, softmax_weights
+from mitune.pool.selection import apply, mean_rank, parse_rule, select
 
 VALUES = [0.2, math.nan, 0.9, 0.9, -1.0]
 
@@ -62,8 +62,3 @@ def test_rules_as_text():
 def test_bad_rules(text):
     with pytest.raises(MituneError):
         parse_rule(text)
-
-
-def test_softmax_weights_have_mean_one():
-    weights = softmax_weights([0.0, math.log(2)], temperature=1.0)
-    assert weights == pytest.approx([2 / 3, 4 / 3])

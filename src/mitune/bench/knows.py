@@ -32,9 +32,9 @@ from mitune.evaluation.tables import interval, number, table
 from mitune.pool.evidence import told_apart
 from mitune.run.locks import sole_worker
 from mitune.run.store import DAMAGED, claim, write_json
+from mitune.run.work import Step
 from mitune.worlds.base import Listed, Negative, WorldOfScenes, world_of_prompt
 
-Progress = Callable[[int, int], None]
 Negatives = Mapping[str, Sequence[Negative]]  # by prompt
 DRAWS = 12  # log-SNRs at which a rendered scene is noised; with fewer, counts that are known seem not to be
 
@@ -73,7 +73,7 @@ def knowledge(
     images: int,
     seed: int = 0,
     batch_size: int = 64,
-    progress: Progress | None = None,
+    progress: Step | None = None,
 ) -> list[Knowledge]:
     """The shares by category for each of the models, given with their guidance scales.
 

@@ -6,7 +6,7 @@ by any score is replayed as `mitune.pool.race` would have run it, since those th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -38,6 +38,7 @@ from mitune.run.locks import sole_worker
 from mitune.run.records import Records
 from mitune.run.store import claim
 from mitune.run.stores.folder import Folder
+from mitune.run.work import Step
 from mitune.worlds.base import Listed
 
 SHOWN = ("contrast", "self-confidence", "log-likelihood-ratio", "mi-tune", "rfmi", "early")
@@ -58,7 +59,6 @@ RESAMPLES = 10_000
 SUBSETS = 25  # of the candidates of a prompt, for what fewer of them would gain
 
 _percent = partial(interval, digits=1, percent=True)
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +97,7 @@ class Outcome:
 
 
 def run_study(
-    settings: ModelConfig, prompts: Sequence[Listed], folder: Path, config: RaceConfig, progress: Progress | None = None
+    settings: ModelConfig, prompts: Sequence[Listed], folder: Path, config: RaceConfig, progress: Step | None = None
 ) -> list[Run]:
     """Each prompt's run; a killed study goes on with the prompts that have no record in `folder` yet."""
     model = load_model(settings)

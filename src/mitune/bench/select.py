@@ -7,7 +7,7 @@ new one needs no new candidates. `selection_tables` makes tables and figures of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,9 +32,9 @@ from mitune.run.locks import sole_worker
 from mitune.run.records import Records
 from mitune.run.store import claim, write_table
 from mitune.run.stores.folder import Folder
+from mitune.run.work import Step
 from mitune.worlds.base import Listed, WorldOfScenes, world_of_prompt
 
-Progress = Callable[[int, int], None]
 _KINDS = (ASKED, NEGATIVES, WIDER, OTHERS, WORDS, NULL)  # in records by their place
 
 
@@ -61,7 +61,7 @@ def run_study(
     folder: Path,
     config: SelectConfig,
     *,
-    progress: Progress | None = None,
+    progress: Step | None = None,
 ) -> Path:
     """Fills `folder` with records for each of the models, given with their guidance scales; returns the table.
 

@@ -1,4 +1,4 @@
-"""Benchmarks: mi, truth, knows, select, race, tune."""
+"""Benchmarks: mi, knows, select, race, tune. A world may add its own."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 from rich.text import Text
@@ -23,9 +23,6 @@ from mitune.cli.options import (
     stage,
 )
 from mitune.errors import MituneError
-
-if TYPE_CHECKING:
-    pass
 
 app = typer.Typer()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.text import Text
@@ -36,9 +36,6 @@ from mitune.cli.options import (
 from mitune.config.ranges import ends_of
 from mitune.config.resolve import differences
 from mitune.config.schema import Config
-
-if TYPE_CHECKING:
-    pass
 
 app = typer.Typer()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from typer import Argument, Option
@@ -27,9 +27,6 @@ from mitune.cli.options import (
     store_for,
 )
 from mitune.errors import MituneError
-
-if TYPE_CHECKING:
-    pass
 
 app = typer.Typer()
 

@@ -101,10 +101,3 @@ def mean_rank(*scores: Tensor) -> Tensor:
     """Mean of the ranks that scores (N,) give, from 1 for the lowest; ties share theirs, NaN comes first. (N,)."""
     ranks = [rankdata(score.double().nan_to_num(-np.inf).numpy()) for score in scores]
     return torch.tensor(sum(ranks) / len(ranks), dtype=torch.float64)
-
-
-def softmax_weights(values: Sequence[float], temperature: float) -> list[float]:
-    """Weights exp(value / temperature) with mean one, for reward-weighted fine-tuning on several kept candidates."""
-    scaled = np.asarray(values, dtype=np.float64) / temperature
-    weights = np.exp(scaled - scaled.max())
-    return [float(weight) for weight in weights / weights.mean()]

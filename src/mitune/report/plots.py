@@ -16,12 +16,9 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 
-from mitune.evaluation.statistics import Interval
+from mitune.evaluation.statistics import Array, Interval
 from mitune.report.style import STYLE, sheet
-
-Array = NDArray[np.float64]
 
 # Colors that no plot would use by itself stand for CSS variables until the SVG is written.
 SERIES = tuple(f"series-{index}" for index in range(7))
