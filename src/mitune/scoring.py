@@ -75,15 +75,14 @@ def score(
     """I(z₀; p) of each image with the prompt beside it, in nats; for self-confidence −‖ε̂_p − ε‖² per dimension.
 
     images: N pictures of one size, read as a viewer shows them, whose sides are brought down to a multiple of
-    `grid_of`; or latents (N, ...) as the denoiser sees them. prompts: N. draws: noisings of each image,
-    a multiple of 4 (two antithetic pairs a stratum of λ). A seed gives all images the same noise, whatever the
+    `grid_of`; or latents (N, ...) as the denoiser sees them. prompts: N. draws: noisings of each image, a multiple of
+    4 (two antithetic pairs a stratum of λ). A seed gives all images the same noise, whatever the
     batch_size. proposal: where in λ; by default `default_proposal`. call: the arguments that the pipeline is used
     with, where they shape its conditioning (negative_prompt, max_sequence_length; for packed latents, films and sound
     also their size); others do no harm.
 
     Raises MituneError for numbers that do not fit, for pictures that are too small, for prompts that the call would
-    cut, and for an unknown estimator or scheduler; and GuidanceError if the
-    model has no pass without the prompt.
+    cut, and for an unknown estimator or scheduler; and GuidanceError if the model has no pass without the prompt.
     Source: eq. (1) of `mitune.information`; standard and orthogonal after ITD (Kong et al., 2024), self-confidence
     after SOLACE (arXiv 2603.00918).
     """

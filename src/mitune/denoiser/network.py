@@ -30,9 +30,7 @@ class Family:
     negated: bool = False  # the pipeline turns the output's sign before the scheduler takes it
     added_guidance: float = 0.0  # guidance is null + (scale + added) · (conditional − null)
     shared: tuple[str, ...] = ()  # arguments without a batch dimension
-    layered: tuple[
-        str, ...
-    ] = ()  # arguments whose second dimension is the batch; the first is layers of a text encoder
+    layered: tuple[str, ...] = ()  # arguments with the layers of a text encoder first, and the batch second
 
 
 _POSITIONS = ("img_ids", "txt_ids")

@@ -1,7 +1,7 @@
 r"""RFMI and MINDE-C on samples: mutual information from a trained denoiser, with and without a Gaussian skeleton.
 
 Without one, both are as in their papers: one network with the condition dropped now and then, and
-I = ½ ∫ E‖ε̂(z|y) − ε̂(z)‖² dλ of `information.py`, eq. (1), on the flow path (RFMI) or the VP path (MINDE-C).
+I = ½ ∫ E‖ε̂(z|y) − ε̂(z)‖² dλ of `information/`, eq. (1), on the flow path (RFMI) or the VP path (MINDE-C).
 
 With one, each denoiser is a closed form plus what a network, zero at the start, adds to it. For a normal N(μ, v)
 

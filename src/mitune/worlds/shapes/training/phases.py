@@ -34,12 +34,11 @@ def _in_turn(*phases: DenoiserConfig) -> tuple[DenoiserConfig, ...]:
 
 
 # What the shipped models went through (on the first two phases see docs/shapes.md), and what was learned from it.
-# Attributes are bound first; where things stand is
-# settled at higher noise. "Left of" or "right of", times which object comes first, is an exclusive or, with no gradient
-# at the start: it came quickly once one of two opposite relations was drawn much oftener, so that order alone told
-# something of the place. A U-Net hardly knows where it is, for its only hint is the padding of its convolutions: it
-# needed scenes in which warm colors come first, so that the place itself told something. Then all return to their
-# share.
+# Attributes are bound first; where things stand is settled at higher noise. "Left of" or "right of", times which object
+# comes first, is an exclusive or, with no gradient at the start: it came quickly once one of two opposite relations was
+# drawn much oftener, so that order alone told something of the place. A U-Net hardly knows where it is, for its only
+# hint is the padding of its convolutions: it needed scenes in which warm colors come first, so that the place itself
+# told something. Then all return to their share.
 _HIGH_NOISE = partial(DenoiserConfig, stable=True, warmup=1, cool_down=0.0, velocity_weight_cap=50.0)
 # At the end, which of two overlapping objects lies in front: undecided, it is drawn as a blend of both.
 _LOW_NOISE = partial(
