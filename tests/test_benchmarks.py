@@ -14,7 +14,8 @@ SMALLEST = {
     "training": "--batch 2 --rank 2 --iterations 1",
     "memory": "--prompts 1 --candidates 2 --one 1 2",
     "scaling": "--repeats 1 --points 2",
-    "full_size": "--tiny --models SD-2.1-base SD-3.5-Medium --candidates 2 --steps 3 --batch 2 --micro-batch 1 --iterations 1",
+    "full_size": "--tiny --models SD-2.1-base SD-3.5-Medium --candidates 2 --steps 3 --batch 2 --micro-batch 1 "
+    "--iterations 1",
 }
 
 
