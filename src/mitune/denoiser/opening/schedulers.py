@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from mitune.config.schema import ModelConfig
 from mitune.denoiser.path import path_of
 from mitune.denoiser.pipeline import Scheduler
-from mitune.errors import ModelError, first_line
+from mitune.errors import ModelError, did_you_mean, first_line
 
 _VELOCITY = {"prediction_type": "v_prediction"}
 # Without trailing steps, sampling would not begin at the pure noise that such a model knows.
@@ -44,7 +43,7 @@ def scheduler_for(config: ModelConfig, shipped: Scheduler) -> Scheduler:
     for option in options:
         if option not in accepted:
             raise ModelError(
-                f"model.scheduler.{option} is no option of {kind.__name__}{_nearest(option, accepted)}; it has "
+                f"model.scheduler.{option} is no option of {kind.__name__}{did_you_mean(option, accepted)}; it has "
                 f"{', '.join(accepted)}."
             )
     of_file = options_of_file(config.name) if config.is_single_file and "://" not in config.name else {}
@@ -102,12 +101,7 @@ def _kind(name: str | None, shipped: type[Any]) -> type[Any]:
     if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
         missing = " that can be used here (a package that it needs is not installed)" if kind is not None else ""
         raise ModelError(
-            f"model.scheduler.name = {name} is no scheduler of diffusers{missing}{_nearest(str(name), known)}; give "
-            "the name of a class, such as DDIMScheduler."
+            f"model.scheduler.name = {name} is no scheduler of diffusers{missing}{did_you_mean(str(name), known)}; "
+            "give the name of a class, such as DDIMScheduler."
         )
     return kind
-
-
-def _nearest(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f" (near to it: {', '.join(near)})" if near else ""
