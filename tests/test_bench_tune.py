@@ -10,7 +10,7 @@ import pytest
 
 from mitune.bench.tune import gains, markdown
 from mitune.cli import app
-from mitune.denoiser.opening.models import adapter_checksum
+from mitune.denoiser.opening.adapter_file import adapter_checksum
 from tests.test_statistics import cells
 
 

@@ -18,8 +18,9 @@ from mitune.config.schema import FinetuneConfig, ModelConfig, PoolConfig
 from mitune.denoiser.batches import called_through
 from mitune.denoiser.epsilon import NetworkDenoiser
 from mitune.denoiser.network import denoiser_of
+from mitune.denoiser.opening.adapter_file import load_adapter
 from mitune.denoiser.opening.components import Components
-from mitune.denoiser.opening.models import Model, load_adapter, load_model, prompted
+from mitune.denoiser.opening.models import Model, load_model, prompted
 from mitune.denoiser.path import path_of
 from mitune.denoiser.pictures import decode, encode_images
 from mitune.denoiser.probe import MIProbe

@@ -71,7 +71,7 @@ class TestSettings:
         [
             ({"name": "DDIMSchedular"}, r"is no scheduler of diffusers \(did you mean .*DDIMScheduler.*\?\); give the"),
             ({"name": "UNet2DModel"}, "is no scheduler of diffusers.*; give the name of a class"),
-            ({"timestep_spacng": "leading"}, r"no option of DDIMScheduler \(did you mean timestep_spacing.*\?\); it has"),
+            ({"timestep_spacng": "leading"}, r"no option of DDIMScheduler \(did you mean timestep_spacing.*\); it has"),
             ({"timestep_spacing": "sideways"}, r"makes no DDIMScheduler \(sideways is not supported"),
             ({"name": "EDMEulerScheduler"}, "EDMEulerScheduler has no noise path that mitune knows"),
             ({"prediction_type": "score"}, "prediction_type='score'; mitune knows epsilon"),

@@ -18,8 +18,9 @@ import pyarrow as pa
 from torch import Tensor
 
 from mitune.config.schema import Config
+from mitune.denoiser.opening.adapter_file import adapter_checksum
 from mitune.denoiser.opening.identity import model_identity, settings_that_matter
-from mitune.denoiser.opening.models import Model, adapter_checksum, guidance_name, load_model
+from mitune.denoiser.opening.models import Model, guidance_name, load_model
 from mitune.denoiser.pictures import check_pictures
 from mitune.errors import MituneError
 from mitune.evaluation.variant import Variant

@@ -23,7 +23,8 @@ from huggingface_hub import try_to_load_from_cache
 from torch import nn
 
 from mitune.config.schema import EvalConfig, FinetuneConfig, ModelConfig, PoolConfig
-from mitune.denoiser.opening.models import Model, adapter_checksum, call_arguments, parts_of
+from mitune.denoiser.opening.adapter_file import adapter_checksum
+from mitune.denoiser.opening.models import Model, call_arguments, parts_of
 from mitune.errors import ModelError
 from mitune.resolver import is_location
 

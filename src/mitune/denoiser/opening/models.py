@@ -17,8 +17,7 @@ from safetensors import SafetensorError, safe_open
 from mitune.config.schema import ModelConfig
 from mitune.denoiser.epsilon import NetworkDenoiser
 from mitune.denoiser.network import compile_denoiser, denoiser_of, without_progress_bar
-from mitune.denoiser.opening.adapter_file import adapter_checksum as adapter_checksum
-from mitune.denoiser.opening.adapter_file import load_adapter as load_adapter
+from mitune.denoiser.opening.adapter_file import load_adapter
 from mitune.denoiser.opening.calls import check_call, require_prompts
 from mitune.denoiser.opening.hub import Source, source_of
 from mitune.denoiser.opening.layout import check_files, read_index
