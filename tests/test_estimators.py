@@ -33,6 +33,7 @@ from mitune.estimators.references import (
 )
 from mitune.estimators.table import ESTIMATORS, get_estimator
 from mitune.information import TRUNCATION, LogisticProposal
+from tests.test_statistics import cells
 
 QUICK = Training(members=2, width=32, steps=200, batch=128, patience=2, draws=8)
 PAIR = get_task("1v1-normal-0.75")
@@ -398,10 +399,10 @@ def test_table_and_figure():
         for name, t, e in (("1v1-normal-0.75", 0.413339, 0.1), ("student-identity-1-1-1", 0.224171, -0.3))
         for n in (1000, 5000)
     ]
-    table = mi.markdown(rows)
-    worst = "-0.300 student-identity-1-1-1"
-    assert f"| CCA | 1,000 | 0.200 (2) |  |  | 0.300 (1) | 0.300 (1) | {worst} | 2.0 |" in table
-    assert "| 1v1-normal-0.75 | 0.413 | 0.513 ± 0.010 |" in table
+    table = cells(mi.markdown(rows))
+    worst = "−0.300 student-identity-1-1-1"
+    assert ["CCA", "1,000", "0.200 (2)", "–", "–", "0.300 (1)", "0.300 (1)", worst, "2.0"] in table
+    assert ["1v1-normal-0.75", "0.413", "0.513 ± 0.010"] in table
     assert mi.figure(rows, ["CCA"]).startswith(b"\x89PNG")
 
 
