@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,13 @@ torch.set_num_threads(1)  # the tests' networks are tiny: threads would only wai
 
 @pytest.fixture(autouse=True)
 def nothing_stays_changed():
-    """A test may seed torch's generator, which is put back; whatever else is global it must leave as it was."""
-    before = _global_state()
+    """A test may seed torch's generator and import a user's file `mine.py`, which are put back; whatever else is global
+    it must leave as it was."""
+    before, path = _global_state(), list(sys.path)
     with torch.random.fork_rng():
         yield
+    sys.path[:] = path
+    sys.modules.pop("mine", None)
     after = _global_state()
     assert {name: after.get(name) for name in before | after if before.get(name) != after.get(name)} == {}
 

@@ -249,10 +249,13 @@ def test_signals(tmp_path, number):
         [sys.executable, "-c", code, *options], cwd=tmp_path, stderr=subprocess.PIPE, text=True, bufsize=0
     )
     deadline = time.monotonic() + 300
-    while not (tmp_path / "runs" / "pool" / "pool" / "settings.json").exists() and time.monotonic() < deadline:
-        time.sleep(0.2)
-    process.send_signal(number)
-    _, shown = process.communicate(timeout=60)
+    try:
+        while not (tmp_path / "runs" / "pool" / "pool" / "settings.json").exists() and time.monotonic() < deadline:
+            time.sleep(0.2)
+        process.send_signal(number)
+        _, shown = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 128 + number, shown
     assert f"Stopped by {number.name}; the same command goes on from here." in shown
     assert "Traceback" not in shown
