@@ -23,10 +23,10 @@ from mitune.prompts.lists import load_prompts
 from mitune.report.build import build_report
 from mitune.run.executors.base import Executor
 from mitune.run.locks import LOCK, sole_worker
+from mitune.run.stages import Run, Stages, silent
 from mitune.run.store import SETTINGS, claim
 from mitune.run.stores.base import Store
 from mitune.run.stores.folder import Folder
-from mitune.run.work import Run, Stages, silent
 from mitune.worlds.base import Listed
 
 CONFIG = "config.yaml"  # of a run

@@ -31,8 +31,8 @@ from mitune.evaluation.statistics import Interval, Share, kendall_tau
 from mitune.evaluation.tables import interval, number, table
 from mitune.pool.evidence import told_apart
 from mitune.run.locks import sole_worker
+from mitune.run.stages import Step
 from mitune.run.store import DAMAGED, claim, write_json
-from mitune.run.work import Step
 from mitune.worlds.base import Listed, Negative, WorldOfScenes, world_of_prompt
 
 Negatives = Mapping[str, Sequence[Negative]]  # by prompt

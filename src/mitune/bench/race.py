@@ -36,9 +36,9 @@ from mitune.pool.selection import select
 from mitune.prompts.rivals import rivals_of
 from mitune.run.locks import sole_worker
 from mitune.run.records import Records
+from mitune.run.stages import Step
 from mitune.run.store import claim
 from mitune.run.stores.folder import Folder
-from mitune.run.work import Step
 from mitune.worlds.base import Listed
 
 SHOWN = ("contrast", "self-confidence", "log-likelihood-ratio", "mi-tune", "rfmi", "early")

@@ -30,9 +30,9 @@ from mitune.pool.evidence import DRAWS, gather
 from mitune.prompts.rivals import NEGATIVES, NULL, OTHERS, WORDS, Rivals, rivals_of
 from mitune.run.locks import sole_worker
 from mitune.run.records import Records
+from mitune.run.stages import Step
 from mitune.run.store import claim, write_table
 from mitune.run.stores.folder import Folder
-from mitune.run.work import Step
 from mitune.worlds.base import Listed, WorldOfScenes, world_of_prompt
 
 _KINDS = (ASKED, NEGATIVES, WIDER, OTHERS, WORDS, NULL)  # in records by their place

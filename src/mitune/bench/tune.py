@@ -33,8 +33,8 @@ from mitune.evaluation.variant import BASE, Variant
 from mitune.pool.selection import ORACLE
 from mitune.prompts.lists import load_prompts
 from mitune.report.files import pool_of
+from mitune.run.stages import Stages, Step, silent
 from mitune.run.store import write_table
-from mitune.run.work import Stages, Step, silent
 from mitune.tuning import tune
 
 

@@ -14,9 +14,9 @@ from mitune.evaluation.judging import judge_images, require_bounds
 from mitune.evaluation.metrics.base import ImageMetric
 from mitune.evaluation.variant import Variant
 from mitune.run.executors.base import Executor
+from mitune.run.stages import Stages, silent
 from mitune.run.stores.base import Store
 from mitune.run.stores.folder import Folder
-from mitune.run.work import Stages, silent
 from mitune.worlds.base import Listed
 
 

@@ -30,10 +30,10 @@ from mitune.run.executors.base import Executor
 from mitune.run.locks import one_of_many, waiting
 from mitune.run.making import make_records
 from mitune.run.records import Records
+from mitune.run.stages import Stages, silent
 from mitune.run.store import claim
 from mitune.run.stores.base import Store
 from mitune.run.stores.folder import Folder
-from mitune.run.work import Stages, silent
 
 
 def make_images(

@@ -27,10 +27,10 @@ from mitune.evaluation.variant import Variant
 from mitune.run.locks import waiting
 from mitune.run.records import Records
 from mitune.run.seals import is_whole, write_seal
+from mitune.run.stages import Stages, Step, silent
 from mitune.run.store import write_image, write_table
 from mitune.run.stores.base import Store
 from mitune.run.stores.folder import Folder
-from mitune.run.work import Stages, Step, silent
 from mitune.worlds.base import Listed
 
 log = logging.getLogger(__name__)

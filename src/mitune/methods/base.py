@@ -9,7 +9,7 @@ from mitune.config.schema import Config
 from mitune.denoiser.opening.models import Model
 from mitune.evaluation.variant import Variant
 from mitune.resolver import Row, Table
-from mitune.run.work import Run
+from mitune.run.stages import Run
 from mitune.worlds.base import Listed
 
 

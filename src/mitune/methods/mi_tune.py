@@ -22,7 +22,7 @@ from mitune.finetuning.run import check_trainable, finetune
 from mitune.pool.build import build_pool
 from mitune.pool.scores import own_negatives, scores_of, want_negatives
 from mitune.pool.selection import parse_rule
-from mitune.run.work import Run, Step
+from mitune.run.stages import Run, Step
 from mitune.worlds.base import Listed
 
 

@@ -33,10 +33,10 @@ from mitune.run.executors.base import Executor
 from mitune.run.locks import one_of_many, waiting
 from mitune.run.making import make_records
 from mitune.run.records import Records
+from mitune.run.stages import Step
 from mitune.run.store import claim
 from mitune.run.stores.base import Store
 from mitune.run.stores.folder import Folder
-from mitune.run.work import Step
 
 PATIENCE = 3  # prompts without a single image that is a number, after which the model is at fault
 

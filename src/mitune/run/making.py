@@ -13,7 +13,7 @@ from mitune.run.executors.base import Executor
 from mitune.run.executors.local import Local
 from mitune.run.executors.shards import Shards
 from mitune.run.records import Records
-from mitune.run.work import Step
+from mitune.run.stages import Step
 
 
 class Maker(Protocol):
