@@ -1,6 +1,9 @@
 """torch.compile changes how the denoiser is computed, and nothing that depends on it."""
 
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -13,7 +16,6 @@ from mitune.errors import MituneError
 from mitune.finetuning.run import finetune
 from mitune.pool.race import Race
 from tests.sets import saved_pipeline, write_set
-from tests.test_cli import mitune
 from tests.test_finetuning import largest_difference, rows_of, weights_of
 from tests.tiny import PROMPTS
 
@@ -44,13 +46,21 @@ def test_images_and_adapter_are_those_of_the_plain_model(tmp_path):
 
 
 @pytest.mark.slow
-def test_without_a_compiler_it_is_refused_at_the_start(tmp_path, monkeypatch):
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+def test_without_a_compiler_it_is_refused_at_the_start(tmp_path):
+    # In a process of its own, as torch remembers the compiler that it has once found.
     (tmp_path / "prompts.txt").write_text("a red circle\n")
-    told = ("--prompts", "prompts.txt", "--set", "model.compile=true", "--set", "model.device=cpu")
-    shown = mitune("pool", *told, cwd=tmp_path, status=2)
-    assert "nothing to compile with for cpu; install a C++ compiler such as g++" in shown
+    program = "from mitune.cli import main; main()"
+    settings = ["--set", "model.compile=true", "--set", "model.device=cpu"]
+    done = subprocess.run(
+        [sys.executable, "-c", program, "pool", "--prompts", "prompts.txt", *settings],
+        cwd=tmp_path,
+        env={**os.environ, "CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 2
+    assert "nothing to compile with for cpu; install a C++ compiler such as g++" in " ".join(done.stderr.split())
 
 
 def test_offload_part_by_part_leaves_nothing_to_compile():
