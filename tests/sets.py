@@ -78,8 +78,10 @@ def images_of(pipe: Any, kind: str, prompts: list[str] = PROMPTS) -> torch.Tenso
     return pipe(prompts, **call, **CALLS[kind]).images
 
 
-def write_set(kind: str, folder: Path, *, weights: list[float] | None = None) -> Path:
-    """Writes a set of six images by a tiny pipeline, with two prompts."""
+def write_set(
+    kind: str, folder: Path, *, weights: list[float] | None = None, advantages: list[float] | None = None
+) -> Path:
+    """Writes a set of six images by a tiny pipeline, with two prompts in turn."""
     pipe = BUILDERS[kind]()
     pipe.set_progress_bar_config(disable=True)
     prompts = PROMPTS * 3
@@ -93,5 +95,6 @@ def write_set(kind: str, folder: Path, *, weights: list[float] | None = None) ->
     rows: list[dict[str, Any]] = [{"file_name": f"{i}.png", "prompt": prompt} for i, prompt in enumerate(prompts)]
     for i, row in enumerate(rows):
         row |= {"selection": "mi-tune"} | ({"weight": weights[i]} if weights else {})
+        row |= {"advantage": advantages[i]} if advantages else {}
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return folder

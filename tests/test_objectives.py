@@ -228,23 +228,6 @@ def test_weights_of_a_set_are_those_of_its_loss(micro_batch_size, world, tmp_pat
 
 MINE = """
 
-class Advantage:
-    needs = "ranked"
-    def __call__(self, batch, network):
-        base = network.reference(batch)
-        target = base + batch.advantages.view(-1, 1, 1, 1) * (batch.target - base)
-        return (network(batch) - target).square().flatten(1).mean(dim=1)
-
-class Preference(Half):
-    needs = "ranked"
-    def __call__(self, batch, network):
-        from dataclasses import replace
-        from torch.nn.functional import logsigmoid
-        def gain(batch):
-            errors = [(f(batch) - batch.target).square().flatten(1).mean(dim=1) for f in (network, network.reference)]
-            return errors[1] - errors[0]
-        return -logsigmoid(100 * (gain(batch) - gain(replace(batch, latents=batch.worse))))
-
 class Mean(Half):
     def __call__(self, batch, network):
         return super().__call__(batch, network).mean()
@@ -284,22 +267,6 @@ def test_objective_of_a_users_own_file(kind, world, here):
     half, whole = (load_file(here / output / WEIGHTS_FILE) for output in ("half", "whole"))
     assert any(not torch.equal(half[name], whole[name]) for name in whole)
     assert "| objective | mine:Half |" in (here / "half" / "README.md").read_text(encoding="utf-8")
-
-
-@pytest.mark.parametrize("objective", ["mine:Advantage", "mine:Preference"])
-def test_objective_of_a_ranked_set(objective, world, here):
-    status, shown = train(world, "sd", world["sd"][1], objective)
-    assert (status, "needs a ranked set; give each row of" in shown) == (2, True)
-    dataset = write_set("sd", here / "set")
-    rows = [json.loads(line) for line in (dataset / "metadata.jsonl").read_text().splitlines()]
-    rows = [row | {"advantage": 1 - row_number / 2.5} for row_number, row in enumerate(rows)]
-    (dataset / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    status, shown = train(world, "sd", dataset, objective)
-    assert status == 0, shown
-    losses = [json.loads(line)["loss"] for line in (here / "adapter" / "training.jsonl").read_text().splitlines()]
-    if objective == "mine:Preference":
-        assert losses[0] == pytest.approx(0.6931, abs=1e-3)  # ln 2, as the adapter has no effect yet
-    assert losses[1] != losses[0]
 
 
 @pytest.mark.parametrize(

@@ -27,9 +27,13 @@ class LossWatch:
 
     @classmethod
     def of(cls, images: TrainingSet) -> Self:
-        """The limit for a set: of ε, z₀, v = αε − σz₀ and v = ε − z₀, the last has the largest mean square."""
+        """The limit for a set: of ε, z₀, v = αε − σz₀ and v = ε − z₀, the last has the largest mean square.
+
+        An image with advantage A may be asked for A times the way to its target, which counts A² times.
+        """
         nothing = 1 + images.latents.square().mean().item()
-        return cls(_BEYOND * images.weights.max().item() * nothing)
+        largest = (images.weights * images.advantages.square().clamp(min=1)).max().item()
+        return cls(_BEYOND * largest * nothing)
 
     def count(self, state: TrainingState, loss: float, gradient_norm: float) -> None:
         """Counts an iteration into the state."""

@@ -6,6 +6,10 @@ Most objectives are a squared distance of the prediction from a target between t
 and u, so that one file holds each:
 
     y* = f₀ + A (u − f₀)      loss = ‖f − y*‖²                A = 1: the denoising loss of the papers
+
+What a network predicts is affine in its denoiser ẑ₀, f = c ẑ₀ + (what z says), with c = −α/σ for ε, 1 for z₀, and −1/σ
+for either v. So the same y* is asked of the denoiser whatever is predicted, ẑ₀* = ẑ₀⁰ + A (z₀ − ẑ₀⁰), and the loss is
+c² ‖ẑ₀ − ẑ₀*‖²: c² is how the model weighs noise levels in its own training, and is left as it is.
 """
 
 from __future__ import annotations
@@ -51,8 +55,7 @@ class Batch:
             return self.latents
         if path.is_flow:
             return self.noise - self.latents
-        shape = (-1, *[1] * (self.latents.ndim - 1))
-        alpha, sigma = (part(self.timesteps).reshape(shape) for part in (path.alpha, path.sigma))
+        alpha, sigma = (per_image(part(self.timesteps), self.latents) for part in (path.alpha, path.sigma))
         return alpha * self.noise - sigma * self.latents
 
 
@@ -88,8 +91,29 @@ OBJECTIVES: Table[Objective] = Table(
         "denoising": Row(
             "the model's own loss on the images, as in the papers", "mitune.finetuning.objectives.denoising:Denoising"
         ),
+        "advantage": Row(
+            "towards the better images of a prompt and away from the worse, by their advantages",
+            "mitune.finetuning.objectives.advantage:Advantage",
+        ),
+        "weighted": Row(
+            "the model's own loss, where images with more advantage weigh more",
+            "mitune.finetuning.objectives.weighted:Weighted",
+        ),
+        "dpo": Row(
+            "Diffusion-DPO: images preferred to worse ones of their prompt", "mitune.finetuning.objectives.dpo:DPO"
+        ),
     },
 )
+
+
+def per_image(values: Tensor, images: Tensor) -> Tensor:
+    """One value an image, (B,), as what multiplies images (B, C, H, W): (B, 1, 1, 1)."""
+    return values.reshape(-1, *[1] * (images.ndim - 1))
+
+
+def squared_distance(predicted: Tensor, target: Tensor) -> Tensor:
+    """‖f − y‖² of (B, C, H, W), the mean over an image's values: (B,)."""
+    return (predicted - target).square().flatten(1).mean(dim=1)
 
 
 def losses_of(objective: Objective, batch: Batch, network: Network) -> Tensor:

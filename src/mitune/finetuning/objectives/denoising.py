@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from mitune.finetuning.objectives.base import Batch, Network
+from mitune.finetuning.objectives.base import Batch, Network, squared_distance
 
 
 class Denoising:
@@ -18,5 +18,4 @@ class Denoising:
     needs: Literal["kept", "ranked"] = "kept"
 
     def __call__(self, batch: Batch, network: Network) -> Tensor:
-        errors = (network(batch) - batch.target) ** 2
-        return batch.weights * errors.flatten(1).mean(dim=1)
+        return batch.weights * squared_distance(network(batch), batch.target)
