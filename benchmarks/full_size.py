@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
-    DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
@@ -31,15 +30,7 @@ from diffusers import (
 from published import SD21_BASE, SD35_MEDIUM, SDXL_BASE
 from timing import DEVICE, now, print_table, seconds
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-    T5Config,
-    T5EncoderModel,
-    T5Tokenizer,
-)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, T5Tokenizer
 
 from mitune.config.schema import FinetuneConfig, ModelConfig, PoolConfig
 from mitune.denoiser.network import denoiser_of, rows_counted
@@ -48,6 +39,7 @@ from mitune.finetuning.adapter import add_adapter
 from mitune.finetuning.run import finetune
 from mitune.pool.build import build_pool
 from mitune.worlds.shapes.prompts import prompt_list
+from mitune.worlds.shapes.training.architecture import sd_scheduler, text_config, third_encoder
 
 TOKENS, T5_TOKENS = 77, 256
 POOL_IMAGES, TRAINING_ITERATIONS = 700 * 50, 300  # of the papers
@@ -215,19 +207,16 @@ def build(name: str, config: Mapping[str, Any], size: Size) -> Any:
 
 def unet_parts(config: Mapping[str, Any], size: Size) -> dict[str, Any]:
     words = tokenizer()
-    scheduler = DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
-    )
-    common = {"tokenizer": words, "unet": UNet2DConditionModel(**config), "scheduler": scheduler}
+    common = {"tokenizer": words, "unet": UNet2DConditionModel(**config), "scheduler": sd_scheduler()}
     if "addition_embed_type" not in config:
-        text = CLIPTextModel(text_config(words, config["cross_attention_dim"]))
+        text = CLIPTextModel(one_layer(words, config["cross_attention_dim"]))
         vae = AutoencoderKL(**autoencoder(size, 4), scaling_factor=0.18215)
         others = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
         return common | others | {"text_encoder": text, "vae": vae}
     first, second = size.clip
     return common | {
-        "text_encoder": CLIPTextModel(text_config(words, first)),
-        "text_encoder_2": CLIPTextModelWithProjection(text_config(words, second)),
+        "text_encoder": CLIPTextModel(one_layer(words, first)),
+        "text_encoder_2": CLIPTextModelWithProjection(one_layer(words, second)),
         "tokenizer_2": words,
         "vae": AutoencoderKL(**autoencoder(size, 4), scaling_factor=0.13025),
     }
@@ -237,13 +226,11 @@ def sd3_parts(config: Mapping[str, Any], size: Size) -> dict[str, Any]:
     words, (first, second), width = tokenizer(), size.clip, config["joint_attention_dim"]
     return {
         "tokenizer": words,
-        "text_encoder": CLIPTextModelWithProjection(text_config(words, first)),
+        "text_encoder": CLIPTextModelWithProjection(one_layer(words, first)),
         "tokenizer_2": words,
-        "text_encoder_2": CLIPTextModelWithProjection(text_config(words, second)),
+        "text_encoder_2": CLIPTextModelWithProjection(one_layer(words, second)),
         "tokenizer_3": T5Tokenizer(model_max_length=T5_TOKENS),
-        "text_encoder_3": T5EncoderModel(
-            T5Config(vocab_size=200, d_model=width, d_kv=8, d_ff=8, num_layers=1, num_heads=1)
-        ),
+        "text_encoder_3": third_encoder(width),
         "transformer": SD3Transformer2DModel(**config),
         "vae": AutoencoderKL(
             **autoencoder(size, 16),
@@ -260,19 +247,8 @@ def tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer.from_pretrained(model_folder("shapes-sd"), subfolder="tokenizer", model_max_length=TOKENS)
 
 
-def text_config(words: CLIPTokenizer, width: int) -> CLIPTextConfig:
-    return CLIPTextConfig(
-        vocab_size=len(words),
-        hidden_size=width,
-        intermediate_size=width,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        max_position_embeddings=TOKENS,
-        projection_dim=width,
-        bos_token_id=words.bos_token_id,
-        eos_token_id=words.eos_token_id,
-        pad_token_id=words.pad_token_id,
-    )
+def one_layer(words: CLIPTokenizer, width: int) -> CLIPTextConfig:
+    return text_config(words, width=width, layers=1, heads=1, mlp=width, projection=width)
 
 
 def autoencoder(size: Size, channels: int) -> dict[str, Any]:

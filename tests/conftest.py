@@ -25,6 +25,16 @@ def nothing_stays_changed():
     assert {name: after.get(name) for name in before if before[name] != after.get(name)} == {}
 
 
+@pytest.fixture(scope="session")
+def sd_folder(tmp_path_factory):
+    """A saved Stable Diffusion, to be read alone."""
+    from tests.tiny import tiny_sd
+
+    folder = tmp_path_factory.mktemp("sd")
+    tiny_sd().save_pretrained(folder)
+    return folder
+
+
 def _global_state() -> dict[str, object]:
     environment = {f"${name}": value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
     return environment | {

@@ -24,14 +24,33 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+from transformers import PreTrainedTokenizerFast
 
-from tests.sets import tiny_sd3_with_t5, tiny_sdxl
-from tests.tiny import TOKENS, WORDS, _text_config, tiny_sd, tiny_tokenizer, wake
+from mitune.worlds.shapes.training.architecture import BETAS
+from tests.tiny import (
+    TOKENS,
+    WORDS,
+    tiny_sd,
+    tiny_sd3_with_t5,
+    tiny_sdxl,
+    tiny_text_encoder,
+    tiny_tokenizer,
+    tiny_unet,
+    tiny_vae,
+    wake,
+)
 
 PROMPTS = ["a red ball", "two blue cubes a ball"]  # of different lengths: some pipelines pad, some do not
 HIDDEN = 16  # width of the text encoders
-VP = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+# Of the language models.
+SIZE = {
+    "vocab_size": 16,
+    "hidden_size": HIDDEN,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+EYES = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": HIDDEN}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,45 +89,28 @@ def tokenizer(chat_template: str | None = None) -> PreTrainedTokenizerFast:
     )
 
 
-def t5() -> T5EncoderModel:
-    config = T5Config(vocab_size=16, d_model=HIDDEN, d_kv=8, d_ff=8, num_layers=1, num_heads=2)
-    return T5EncoderModel(config).eval()
+def t5(name: str = "T5") -> Any:
+    config = getattr(transformers, f"{name}Config")
+    encoder = getattr(transformers, f"{name}EncoderModel")
+    return encoder(config(vocab_size=16, d_model=HIDDEN, d_kv=8, d_ff=8, num_layers=1, num_heads=2)).eval()
 
 
 def language_model(name: str, **options: Any) -> Any:
     """A decoder of transformers: Gemma2, Glm, Qwen3."""
     config = getattr(transformers, f"{name}Config")(
-        vocab_size=16,
-        hidden_size=HIDDEN,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        pad_token_id=0,
-        **options,
+        **SIZE, num_key_value_heads=1, head_dim=8, pad_token_id=0, **options
     )
     return getattr(transformers, f"{name}Model")(config).eval()
 
 
-def clip(kind: str = "CLIPTextModel", positions: int = TOKENS) -> tuple[Any, Any]:
+def clip(kind: Any = transformers.CLIPTextModel, positions: int = TOKENS) -> tuple[Any, Any]:
     words = tiny_tokenizer()
-    return getattr(transformers, kind)(_text_config(words, positions)).eval(), words
+    return tiny_text_encoder(kind, words, positions), words
 
 
 def vae(levels: int = 2, shift: float | None = None) -> AutoencoderKL:
-    """Pixels to latents of 4 channels, each level but the first halves the side. Some families' latents are shifted."""
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
-        block_out_channels=(4,) * levels,
-        latent_channels=4,
-        norm_num_groups=2,
-        sample_size=16,
-        scaling_factor=0.5,
-        shift_factor=shift,
-        layers_per_block=1,
-    ).eval()
+    """Some families' latents are shifted."""
+    return tiny_vae(levels, width=4, scaling_factor=0.5, shift_factor=shift)
 
 
 def flow(**options: Any) -> FlowMatchEulerDiscreteScheduler:
@@ -149,7 +151,7 @@ def pixart(name: str) -> Any:
         sample_size=8, caption_channels=HIDDEN, cross_attention_dim=16, out_channels=8, num_layers=1, **SMALL, **HEADS
     )
     parts = {"tokenizer": tokenizer(), "text_encoder": t5(), "vae": vae()}
-    return build(name, transformer, scheduler=DPMSolverMultistepScheduler(**VP), **parts)
+    return build(name, transformer, scheduler=DPMSolverMultistepScheduler(**BETAS), **parts)
 
 
 def sana() -> Any:
@@ -231,7 +233,7 @@ def hunyuan_dit() -> Any:
         tokenizer=tokenizer(),
         text_encoder_2=t5(),
         tokenizer_2=tokenizer(),
-        scheduler=DDPMScheduler(**VP, prediction_type="v_prediction", clip_sample=False),
+        scheduler=DDPMScheduler(**BETAS, prediction_type="v_prediction", clip_sample=False),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -275,17 +277,9 @@ def qwen_image() -> Any:
         axes_dims_rope=(4, 2, 2),
         **HEADS,
     )
-    text = {
-        "vocab_size": 16,
-        "hidden_size": HIDDEN,
-        "intermediate_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]},
-    }
-    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": HIDDEN}
-    config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+    rope = {"type": "mrope", "mrope_section": [1, 1, 2]}
+    text = SIZE | {"num_key_value_heads": 2, "rope_scaling": rope}
+    config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=EYES)
     autoencoder = AutoencoderKLQwenImage(
         base_dim=4,
         z_dim=4,
@@ -385,16 +379,9 @@ def hidream() -> Any:
         llama_layers=[0, 1],
         **HEADS,
     )
-    config = transformers.LlamaConfig(
-        vocab_size=16,
-        hidden_size=HIDDEN,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        pad_token_id=0,
-        attn_implementation="eager",  # the pipeline asks for attentions
-    )
-    (first, words), (second, _) = (clip("CLIPTextModelWithProjection", 128) for _ in range(2))
+    # The pipeline asks for attentions.
+    config = transformers.LlamaConfig(**SIZE, pad_token_id=0, attn_implementation="eager")
+    (first, words), (second, _) = (clip(transformers.CLIPTextModelWithProjection, 128) for _ in range(2))
     return build(
         "HiDreamImagePipeline",
         transformer,
@@ -433,14 +420,13 @@ def wan() -> Any:
         latents_mean=[0.0] * 4,
         latents_std=[1.0] * 4,
     ).eval()
-    config = transformers.UMT5Config(vocab_size=16, d_model=HIDDEN, d_kv=8, d_ff=8, num_layers=1, num_heads=2)
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
     return build(
         "WanPipeline",
         transformer,
         scheduler=scheduler,
         vae=autoencoder,
-        text_encoder=transformers.UMT5EncoderModel(config).eval(),
+        text_encoder=t5("UMT5"),
         tokenizer=tokenizer(),
         transformer_2=None,
     )
@@ -476,18 +462,7 @@ def ltx() -> Any:
 
 def audio_ldm2() -> Any:
     """Without the parts that read prompts, which are too large a family of their own; it is given embeddings."""
-    unet = diffusers.AudioLDM2UNet2DConditionModel(
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        norm_num_groups=4,
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=(HIDDEN, HIDDEN),
-        attention_head_dim=2,
-    ).eval()
+    unet = tiny_unet((HIDDEN, HIDDEN), diffusers.AudioLDM2UNet2DConditionModel)
     words = transformers.GPT2Config(vocab_size=16, n_embd=HIDDEN, n_layer=1, n_head=2, n_positions=16)
     sound = transformers.SpeechT5HifiGanConfig(
         model_in_dim=8,
@@ -509,7 +484,7 @@ def audio_ldm2() -> Any:
         tokenizer_2=None,
         feature_extractor=None,
         unet=unet,
-        scheduler=DDIMScheduler(**VP, clip_sample=False),
+        scheduler=DDIMScheduler(**BETAS, clip_sample=False),
         vocoder=transformers.SpeechT5HifiGan(sound).eval(),
     )
     return pipe

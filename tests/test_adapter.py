@@ -29,8 +29,8 @@ from mitune.finetuning.adapter import (
     trainable,
 )
 from mitune.finetuning.card import write_card
-from tests.sets import images_of, saved_pipeline
-from tests.tiny import tiny_sd, tiny_sd3
+from tests.sets import images_of
+from tests.tiny import saved_pipeline, tiny_sd, tiny_sd3
 
 TEXT_ENCODERS = {
     "sd": ["text_encoder"],

@@ -12,8 +12,8 @@ from mitune.denoiser.fusing import export_fused
 from mitune.denoiser.opening.adapter_file import WEIGHTS_FILE, adapter_checksum, load_adapter
 from mitune.errors import ModelError
 from mitune.finetuning.adapter import add_adapter, save_adapter, trainable
-from tests.sets import images_of, tiny_sdxl
-from tests.tiny import tiny_sd, tiny_sd3
+from tests.sets import images_of
+from tests.tiny import tiny_sd, tiny_sd3, tiny_sdxl
 
 
 class Pickled:

@@ -15,9 +15,9 @@ from mitune.denoiser.sampling import Request, generate
 from mitune.errors import MituneError
 from mitune.finetuning.run import finetune
 from mitune.pool.race import Race
-from tests.sets import saved_pipeline, write_set
+from tests.sets import write_set
 from tests.test_finetuning import largest_difference, rows_of, weights_of
-from tests.tiny import PROMPTS
+from tests.tiny import PROMPTS, saved_pipeline
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs the C++ compiler g++")
 

@@ -6,8 +6,8 @@ import torch
 from mitune.denoiser.encoding import encode
 from mitune.errors import ModelError
 from mitune.finetuning.dataset import TrainingSet
-from tests.sets import BUILDERS, CALLS, write_set
-from tests.tiny import PROMPTS, tiny_sd
+from tests.sets import write_set
+from tests.tiny import BUILDERS, CALLS, PROMPTS, tiny_sd
 
 
 @pytest.mark.parametrize("kind", ["sd", "sdxl", "sd3"])

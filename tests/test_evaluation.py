@@ -18,7 +18,6 @@ from mitune.evaluation.variant import Variant
 from mitune.worlds.base import Listed
 from tests.families import CASES
 from tests.test_pool import files_of
-from tests.tiny import tiny_sd
 
 SCALES = {"base": None, "the same": 2.0, "more": 6.0}
 
@@ -61,10 +60,8 @@ class Half(Content):
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    tiny_sd().save_pretrained(folder)
-    model = ModelConfig(name=str(folder), device="cpu", steps=3, guidance_scale=2.0)
+def config(sd_folder):
+    model = ModelConfig(name=str(sd_folder), device="cpu", steps=3, guidance_scale=2.0)
     return Config(model=model, eval=EvalConfig(images=3, batch_size=2))  # batches across prompts
 
 

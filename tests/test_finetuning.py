@@ -18,7 +18,8 @@ from mitune.finetuning.objectives.denoising import Denoising
 from mitune.finetuning.run import finetune
 from mitune.run.sealed import unpack
 from mitune.run.stopping import Stopped, signals_raised
-from tests.sets import images_of, saved_pipeline, write_set
+from tests.sets import images_of, write_set
+from tests.tiny import saved_pipeline
 
 
 @pytest.fixture(scope="module")

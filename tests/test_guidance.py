@@ -24,16 +24,18 @@ from mitune.errors import GuidanceError, ModelError
 from mitune.finetuning.adapter import add_adapter
 from mitune.information import get_score
 from mitune.scoring import score
+from mitune.worlds.shapes.training.architecture import BETAS
 from tests.families import (
     CASES,
+    EYES,
     FREE,
     HEADS,
     HIDDEN,
     PICTURE,
     PROMPTS,
+    SIZE,
     SMALL,
     TEXT,
-    VP,
     dynamic,
     flow,
     flux,
@@ -210,7 +212,7 @@ def kandinsky3():
         encoder_hid_dim=HIDDEN,
     )
     movq = diffusers.VQModel(block_out_channels=(8,), norm_num_groups=2, latent_channels=4, layers_per_block=1)
-    return diffusers.Kandinsky3Pipeline(tokenizer(), t5(), unet, DDPMScheduler(**VP, clip_sample=False), movq)
+    return diffusers.Kandinsky3Pipeline(tokenizer(), t5(), unet, DDPMScheduler(**BETAS, clip_sample=False), movq)
 
 
 def scaled_sana():
@@ -289,18 +291,9 @@ def edit_call():
 
 
 def dreamlite():
-    text = {
-        "vocab_size": 16,
-        "hidden_size": HIDDEN,
-        "intermediate_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "rope_scaling": {"rope_type": "default", "mrope_section": [1, 1, 2], "mrope_interleaved": True},
-    }
-    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": HIDDEN}
-    config = transformers.Qwen3VLConfig(text_config=text, vision_config=vision | {"deepstack_visual_indexes": []})
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "mrope_interleaved": True}
+    text = SIZE | {"num_key_value_heads": 2, "head_dim": 8, "rope_scaling": rope}
+    config = transformers.Qwen3VLConfig(text_config=text, vision_config=EYES | {"deepstack_visual_indexes": []})
     unet = diffusers.DreamLiteUNetModel(
         sample_size=8,
         block_out_channels=(8, 16),
@@ -326,7 +319,7 @@ def dit():
     transformer = diffusers.DiTTransformer2DModel(
         sample_size=8, out_channels=8, num_layers=1, norm_num_groups=1, **SMALL, **HEADS
     )
-    return diffusers.DiTPipeline(transformer, vae(), DDIMScheduler(**VP, clip_sample=False))
+    return diffusers.DiTPipeline(transformer, vae(), DDIMScheduler(**BETAS, clip_sample=False))
 
 
 WIDER = {

@@ -11,25 +11,17 @@ from safetensors.torch import load_file, save_file
 from mitune.config.schema import EvalConfig, FinetuneConfig, ModelConfig, PoolConfig
 from mitune.denoiser.opening.identity import digest, model_identity, model_parts, settings_that_matter
 from mitune.errors import ModelError
-from tests.tiny import tiny_sd
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    tiny_sd().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
-def model(saved, tmp_path):
+def model(sd_folder, tmp_path):
     """A copy, to be changed."""
-    shutil.copytree(saved, tmp_path / "tiny")
+    shutil.copytree(sd_folder, tmp_path / "tiny")
     return ModelConfig(name=str(tmp_path / "tiny"))
 
 
-def test_the_same_files_in_another_place_are_the_same_model(saved, model):
-    assert model_identity(model) == model_identity(ModelConfig(name=str(saved)))
+def test_the_same_files_in_another_place_are_the_same_model(sd_folder, model):
+    assert model_identity(model) == model_identity(ModelConfig(name=str(sd_folder)))
 
 
 def change_weights(folder):
@@ -112,11 +104,11 @@ def test_a_large_file_of_the_hub_is_known_by_its_name(tmp_path):
     assert digest(tmp_path / "model.safetensors") == name
 
 
-def test_a_single_file_is_the_denoiser(saved, tmp_path):
+def test_a_single_file_is_the_denoiser(sd_folder, tmp_path):
     files = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
     for number, file in enumerate(files):
         save_file({"weight": torch.full((2,), float(number))}, file)
-    one, other = (model_parts(ModelConfig(name=str(file), base=str(saved))) for file in files)
+    one, other = (model_parts(ModelConfig(name=str(file), base=str(sd_folder))) for file in files)
     assert {name for name in one if one[name] != other[name]} == {"unet"}
 
 

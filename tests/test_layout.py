@@ -14,16 +14,9 @@ from mitune.errors import ModelError
 from tests.tiny import tiny_sd
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("whole")
-    tiny_sd().save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
-def folder(whole, tmp_path):
-    return shutil.copytree(whole, tmp_path / "model")
+def folder(sd_folder, tmp_path):
+    return shutil.copytree(sd_folder, tmp_path / "model")
 
 
 def opened(folder, **settings):

@@ -29,25 +29,18 @@ def weights(pipe):
     return pipe.unet.conv_in.weight.detach()
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sd")
-    tiny_sd().save_pretrained(folder)
-    return folder
-
-
 class TestFolders:
-    def test_what_is_saved_is_opened(self, folder):
-        model = load_model(config_of(folder, guidance_scale=3.0, steps=4, call={"height": 16, "width": 8}))
+    def test_what_is_saved_is_opened(self, sd_folder):
+        model = load_model(config_of(sd_folder, guidance_scale=3.0, steps=4, call={"height": 16, "width": 8}))
         assert torch.equal(weights(model.pipe), weights(tiny_sd()))
         assert model.call == {"guidance_scale": 3.0, "num_inference_steps": 4, "height": 16, "width": 8}
         assert (model.steps, model.guidance_scale) == (4, 3.0)
-        defaults = load_model(config_of(folder))
+        defaults = load_model(config_of(sd_folder))
         assert (defaults.steps, defaults.guidance_scale) == (50, 7.5)  # the pipeline's own
 
     @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-    def test_precision(self, folder, dtype):
-        config, expected = config_of(folder, dtype=dtype), getattr(torch, dtype)
+    def test_precision(self, sd_folder, dtype):
+        config, expected = config_of(sd_folder, dtype=dtype), getattr(torch, dtype)
         assert denoiser_of(load_model(config).pipe).dtype == expected
         assert Components.of(config).denoiser().dtype == expected
 
@@ -68,14 +61,14 @@ class TestFolders:
         with pytest.raises(ModelError, match="in an old format alone, which may run code when opened"):
             load_model(config_of(tmp_path))
 
-    def test_not_a_pipeline(self, folder):
+    def test_not_a_pipeline(self, sd_folder):
         with pytest.raises(ModelError, match=r"folder without model_index.json.*name its parent folder"):
-            load_model(config_of(folder / "unet"))
+            load_model(config_of(sd_folder / "unet"))
 
     @pytest.mark.parametrize("offload", ["model", "sequential"])
-    def test_offload_needs_a_gpu(self, folder, offload):
+    def test_offload_needs_a_gpu(self, sd_folder, offload):
         with pytest.raises(ModelError, match=f"model.offload = {offload} needs a GPU; set it to none"):
-            load_model(config_of(folder, offload=offload))
+            load_model(config_of(sd_folder, offload=offload))
 
 
 RESNET = {
@@ -162,8 +155,8 @@ class TestSingleFiles:
         save_file(state, tmp_path / f"{request.param}.safetensors")
         return tmp_path / f"{request.param}.safetensors"
 
-    def test_opened(self, file, folder, other):
-        pipe = load_model(config_of(file, base=str(folder))).pipe
+    def test_opened(self, file, sd_folder, other):
+        pipe = load_model(config_of(file, base=str(sd_folder))).pipe
         base = tiny_sd()
         whole = file.stem == "whole"
         for part, expected in (("unet", other), ("vae", other if whole else base)):
@@ -174,21 +167,21 @@ class TestSingleFiles:
         assert torch.equal(text, next(iter((other if whole else base).text_encoder.parameters())))
         assert pipe(PROMPTS, num_inference_steps=2, output_type="latent").images.isfinite().all()
 
-    def test_part_by_part(self, file, folder, other):
-        components = Components.of(config_of(file, base=str(folder)))
+    def test_part_by_part(self, file, sd_folder, other):
+        components = Components.of(config_of(file, base=str(sd_folder)))
         assert torch.equal(components.denoiser().conv_in.weight, weights(other))
         assert components.scheduler().config.prediction_type == "epsilon"
         pipe = components.text_pipeline()
         assert pipe.unet is None and pipe.vae is None and pipe.text_encoder is not None
 
-    def test_settings(self, folder):
+    def test_settings(self, sd_folder):
         with pytest.raises(MituneError, match="may run code when opened; convert it to .safetensors"):
-            ModelConfig(name="model.ckpt", base=str(folder))
-        for settings in ({"name": "model.safetensors"}, {"name": str(folder), "base": str(folder)}):
+            ModelConfig(name="model.ckpt", base=str(sd_folder))
+        for settings in ({"name": "model.safetensors"}, {"name": str(sd_folder), "base": str(sd_folder)}):
             with pytest.raises(MituneError, match="a single .safetensors file, and it alone, needs a base"):
                 ModelConfig(**settings)
         with pytest.raises(ModelError, match=r"Cannot read .*none.safetensors as a .safetensors file"):
-            load_model(config_of(folder / "none.safetensors", base=str(folder)))
+            load_model(config_of(sd_folder / "none.safetensors", base=str(sd_folder)))
 
     def test_families_without(self, tmp_path):
         CASES["PixArt-alpha"].make().save_pretrained(tmp_path)
@@ -231,9 +224,9 @@ class TestAdapters:
         )
         torch.testing.assert_close(given, expected, rtol=1e-3, atol=1e-3)
 
-    def test_no_folder(self, folder, tmp_path):
+    def test_no_folder(self, sd_folder, tmp_path):
         with pytest.raises(ModelError, match="There is no adapter folder .*none; train one with `mitune train`"):
-            load_model(config_of(folder), adapter=tmp_path / "none")
+            load_model(config_of(sd_folder), adapter=tmp_path / "none")
 
 
 class TestCalls:

@@ -26,8 +26,9 @@ from mitune.finetuning.network import AdaptedNetwork, fast_layers, open_network
 from mitune.finetuning.objectives.base import OBJECTIVES, Batch, losses_of
 from mitune.finetuning.objectives.denoising import Denoising
 from mitune.finetuning.run import finetune
-from tests.sets import saved_pipeline, write_set
+from tests.sets import write_set
 from tests.test_cli_errors import invoke
+from tests.tiny import saved_pipeline
 
 CPU = torch.device("cpu")
 DOCS = Path(__file__).parents[1] / "docs"

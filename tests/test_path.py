@@ -34,25 +34,25 @@ from diffusers import (
 from mitune.denoiser.path import path_of
 from mitune.errors import MituneError
 from mitune.information import alpha_sigma
+from mitune.worlds.shapes.training.architecture import BETAS
 
-SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 VP = [
-    DDPMScheduler(**SD),
-    DDIMScheduler(**SD, steps_offset=1),
-    PNDMScheduler(**SD, skip_prk_steps=True),
-    PNDMScheduler(**SD),
-    LCMScheduler(**SD),
-    DPMSolverMultistepScheduler(**SD, use_karras_sigmas=True),
-    UniPCMultistepScheduler(**SD),
-    DEISMultistepScheduler(**SD),
+    DDPMScheduler(**BETAS),
+    DDIMScheduler(**BETAS, steps_offset=1),
+    PNDMScheduler(**BETAS, skip_prk_steps=True),
+    PNDMScheduler(**BETAS),
+    LCMScheduler(**BETAS),
+    DPMSolverMultistepScheduler(**BETAS, use_karras_sigmas=True),
+    UniPCMultistepScheduler(**BETAS),
+    DEISMultistepScheduler(**BETAS),
 ]
 SCALED = [  # latents z₀ + σε, divided by √(1 + σ²) before the denoiser
-    EulerDiscreteScheduler(**SD, timestep_spacing="linspace"),
-    EulerDiscreteScheduler(**SD, use_karras_sigmas=True),
-    EulerAncestralDiscreteScheduler(**SD),
-    HeunDiscreteScheduler(**SD),
-    LMSDiscreteScheduler(**SD),
-    KDPM2DiscreteScheduler(**SD),
+    EulerDiscreteScheduler(**BETAS, timestep_spacing="linspace"),
+    EulerDiscreteScheduler(**BETAS, use_karras_sigmas=True),
+    EulerAncestralDiscreteScheduler(**BETAS),
+    HeunDiscreteScheduler(**BETAS),
+    LMSDiscreteScheduler(**BETAS),
+    KDPM2DiscreteScheduler(**BETAS),
 ]
 FLOW = [
     FlowMatchEulerDiscreteScheduler(),
@@ -117,7 +117,7 @@ class TestPathOfTraining:
         torch.testing.assert_close(slope, expected, rtol=0.02, atol=0)
 
     def test_zero_terminal_snr(self):
-        path = path_of(DDIMScheduler(**SD, rescale_betas_zero_snr=True, prediction_type="v_prediction"))
+        path = path_of(DDIMScheduler(**BETAS, rescale_betas_zero_snr=True, prediction_type="v_prediction"))
         assert path.alpha(torch.tensor(999)).item() == 0
         assert path.log_snr(torch.tensor(999)).item() == -math.inf
         assert path.log_snr(torch.tensor(998)).isfinite()
@@ -198,7 +198,7 @@ class TestStepsOfARun:
 
     def test_rounded_timesteps_that_repeat(self):
         """The i-th step lies at the i-th σ, also where a run is entered half-way."""
-        scheduler = DPMSolverMultistepScheduler(**SD, use_karras_sigmas=True)
+        scheduler = DPMSolverMultistepScheduler(**BETAS, use_karras_sigmas=True)
         scheduler.set_timesteps(150)
         steps, sigmas = scheduler.timesteps, scheduler.sigmas[:-1]
         assert len(steps.unique()) < len(steps)
@@ -210,7 +210,7 @@ class TestStepsOfARun:
 
     def test_before_any_run(self):
         """Tables that run the other way then are not taken for a run's."""
-        for scheduler in (PNDMScheduler(**SD), DPMSolverMultistepScheduler(**SD)):
+        for scheduler in (PNDMScheduler(**BETAS), DPMSolverMultistepScheduler(**BETAS)):
             timesteps, log_snr = path_of(scheduler).at_steps(torch.tensor([999.0, 1.0]))
             assert timesteps.tolist() == [999, 1]
             assert log_snr[0] < log_snr[1]
@@ -353,7 +353,7 @@ EVERY = [
 def scheduler_of(kind, variant):
     """The scheduler on the path of SD; skips what diffusers cannot make."""
     accepted = inspect.signature(kind.__init__).parameters
-    base = {key: value for key, value in (SD | {"clip_sample": False}).items() if key in accepted}
+    base = {key: value for key, value in (BETAS | {"clip_sample": False}).items() if key in accepted}
     try:
         scheduler = kind(**base | variant)
         scheduler.set_timesteps(12)

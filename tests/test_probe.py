@@ -26,6 +26,7 @@ from mitune.denoiser.path import path_of
 from mitune.denoiser.probe import MIProbe
 from mitune.errors import GuidanceError, MituneError, ModelError
 from mitune.information import SCORES, Estimate, get_score
+from mitune.worlds.shapes.training.architecture import BETAS
 from tests.tiny import PROMPTS, SD3_CALL, tiny_sd, tiny_sd3
 
 STEPS = 6
@@ -188,16 +189,15 @@ def exact_trace(scheduler, *, candidates=3000, rho=0.8, seed=0):
     return probe.trace(x)
 
 
-VP = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 SCHEDULERS = [
-    *(DDIMScheduler(**VP, prediction_type=p, steps_offset=1) for p in ("epsilon", "v_prediction", "sample")),
-    *(EulerDiscreteScheduler(**VP, prediction_type=p) for p in ("epsilon", "v_prediction", "sample")),
+    *(DDIMScheduler(**BETAS, prediction_type=p, steps_offset=1) for p in ("epsilon", "v_prediction", "sample")),
+    *(EulerDiscreteScheduler(**BETAS, prediction_type=p) for p in ("epsilon", "v_prediction", "sample")),
     DDIMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing"),
-    DDPMScheduler(**VP),
-    PNDMScheduler(**VP, skip_prk_steps=True),
-    DPMSolverMultistepScheduler(**VP, use_karras_sigmas=True),
-    EulerAncestralDiscreteScheduler(**VP, prediction_type="v_prediction"),
-    HeunDiscreteScheduler(**VP, prediction_type="sample"),
+    DDPMScheduler(**BETAS),
+    PNDMScheduler(**BETAS, skip_prk_steps=True),
+    DPMSolverMultistepScheduler(**BETAS, use_karras_sigmas=True),
+    EulerAncestralDiscreteScheduler(**BETAS, prediction_type="v_prediction"),
+    HeunDiscreteScheduler(**BETAS, prediction_type="sample"),
     UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0),
     FlowMatchEulerDiscreteScheduler(),
     FlowMatchEulerDiscreteScheduler(shift=3.0),
@@ -257,7 +257,7 @@ class TestGaussianPair:
         """ε, v and z₀ from the same z: candidate by candidate, all scores but the deliberately wrong one."""
         traces = []
         for prediction in ("epsilon", "v_prediction", "sample"):
-            scheduler = family(**VP, prediction_type=prediction)
+            scheduler = family(**BETAS, prediction_type=prediction)
             scheduler.set_timesteps(50)
             traces.append(exact_trace(scheduler, candidates=20))
         for name, score in SCORES.items():
@@ -273,7 +273,7 @@ class TestStrides:
 
     def run(self, prediction, *, steps, candidates):
         """The trace of the whole run, and its final latents."""
-        scheduler = DDIMScheduler(**VP, prediction_type=prediction, timestep_spacing="linspace", clip_sample=False)
+        scheduler = DDIMScheduler(**BETAS, prediction_type=prediction, timestep_spacing="linspace", clip_sample=False)
         scheduler.set_timesteps(steps)
         path = path_of(scheduler)
         # Quantiles in place of draws, of y with those of the noise, and with their negatives.

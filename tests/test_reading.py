@@ -14,8 +14,7 @@ from mitune.prompts.negatives import hard_negatives
 from mitune.prompts.rivals import NEGATIVES, read_whole
 from mitune.scoring import score
 from tests.families import CASES
-from tests.sets import tiny_sdxl
-from tests.tiny import PROMPTS, SD3_CALL, TOKENS, tiny_sd, tiny_sd3
+from tests.tiny import PROMPTS, SD3_CALL, TOKENS, tiny_sd, tiny_sd3, tiny_sdxl
 
 # Words that go: the limit of the call, less what is put around them (two special tokens of CLIP, one of the others).
 LENGTHS = {

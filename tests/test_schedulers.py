@@ -16,13 +16,6 @@ from tests.test_models import as_one_file
 from tests.tiny import tiny_sd
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sd")
-    tiny_sd().save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
 def file(tmp_path):
     """Writes Stable Diffusion as one file, with further keys and header entries."""
@@ -46,19 +39,19 @@ def both(config):
 
 
 class TestSettings:
-    def test_class_and_options(self, folder):
+    def test_class_and_options(self, sd_folder):
         given = {"name": "EulerDiscreteScheduler", "timestep_spacing": "trailing", "use_karras_sigmas": True}
-        for scheduler in both(config_of(folder, scheduler=given)):
+        for scheduler in both(config_of(sd_folder, scheduler=given)):
             assert type(scheduler) is EulerDiscreteScheduler
             assert scheduler.config.timestep_spacing == "trailing" and scheduler.config.use_karras_sigmas
             assert scheduler.config.beta_end == 0.012  # of the folder
 
-    def test_options_alone(self, folder):
-        for scheduler in both(config_of(folder, scheduler={"prediction_type": "v_prediction"})):
+    def test_options_alone(self, sd_folder):
+        for scheduler in both(config_of(sd_folder, scheduler={"prediction_type": "v_prediction"})):
             assert type(scheduler) is DDIMScheduler and path_of(scheduler).predicts == "velocity"
 
-    def test_none(self, folder):
-        for scheduler in both(config_of(folder)):
+    def test_none(self, sd_folder):
+        for scheduler in both(config_of(sd_folder)):
             assert scheduler.config.prediction_type == "epsilon" and scheduler.config.steps_offset == 1
 
     def test_on_the_command_line(self):
@@ -96,30 +89,30 @@ class TestSingleFiles:
             ((), {"ss_v_parameterization": "True"}),
         ],
     )
-    def test_velocity(self, file, folder, keys, header):
-        for scheduler in both(config_of(file(keys, **header), base=str(folder))):
+    def test_velocity(self, file, sd_folder, keys, header):
+        for scheduler in both(config_of(file(keys, **header), base=str(sd_folder))):
             path = path_of(scheduler)
             assert path.predicts == "velocity" and path.log_snr(torch.tensor(999)).isfinite()
 
     @pytest.mark.parametrize(
         ("keys", "header"), [(("v_pred", "ztsnr"), {}), (("v_pred",), {"ss_zero_terminal_snr": "True"})]
     )
-    def test_zero_terminal_snr(self, file, folder, keys, header):
-        for scheduler in both(config_of(file(keys, **header), base=str(folder))):
+    def test_zero_terminal_snr(self, file, sd_folder, keys, header):
+        for scheduler in both(config_of(file(keys, **header), base=str(sd_folder))):
             path = path_of(scheduler)
             assert path.predicts == "velocity" and path.log_snr(torch.tensor(999)).item() == -torch.inf
             scheduler.set_timesteps(10)
             assert scheduler.timesteps[0] == 999
 
-    def test_nothing(self, file, folder):
+    def test_nothing(self, file, sd_folder):
         for header in ({}, {"modelspec__prediction_type": "epsilon", "ss_v_parameterization": "False"}):
             assert options_of_file(str(file(**header))) == {}
-            for scheduler in both(config_of(file(**header), base=str(folder))):
+            for scheduler in both(config_of(file(**header), base=str(sd_folder))):
                 assert path_of(scheduler).predicts == "epsilon"
 
-    def test_settings_go_first(self, file, folder):
+    def test_settings_go_first(self, file, sd_folder):
         given = {"prediction_type": "epsilon", "timestep_spacing": "leading", "rescale_betas_zero_snr": False}
-        for scheduler in both(config_of(file(("v_pred", "ztsnr")), base=str(folder), scheduler=given)):
+        for scheduler in both(config_of(file(("v_pred", "ztsnr")), base=str(sd_folder), scheduler=given)):
             assert scheduler.config.prediction_type == "epsilon" and not scheduler.config.rescale_betas_zero_snr
 
     def test_what_its_scheduler_cannot_do(self, file):

@@ -19,8 +19,7 @@ from mitune.information import UNITS, Estimate, LogisticProposal, RectifiedFlowP
 from mitune.scoring import default_proposal, grid_of, save_heat_map, score
 from tests.draws import ESTIMATORS, MODELS, covered, recorded
 from tests.families import CASES
-from tests.sets import tiny_sdxl
-from tests.tiny import PROMPTS, SD3_CALL, tiny_sd, tiny_sd3
+from tests.tiny import PROMPTS, SD3_CALL, tiny_sd, tiny_sd3, tiny_sdxl
 
 PIPELINES = {"sd": (tiny_sd, {}), "sd3": (tiny_sd3, SD3_CALL), "sdxl": (tiny_sdxl, {})}
 

@@ -15,8 +15,8 @@ from mitune.finetuning.card import public_name
 from mitune.finetuning.dataset import TrainingSet, model_of
 from mitune.finetuning.run import finetune
 from mitune.run.seals import write_seal
-from tests.sets import saved_pipeline, write_set
-from tests.tiny import PROMPTS, TOKENS
+from tests.sets import write_set
+from tests.tiny import PROMPTS, TOKENS, saved_pipeline
 
 
 def test_set_holds_what_was_written(tmp_path):

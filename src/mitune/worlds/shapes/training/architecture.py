@@ -1,8 +1,13 @@
-"""The embedded models' architectures, untrained: one VAE, a tokenizer, and two ordinary diffusers pipelines."""
+"""The embedded models' architectures, untrained: one VAE, a tokenizer, and two ordinary diffusers pipelines.
+
+The networks' numbers are those of the published weights, and stand here alone. What any small Stable Diffusion has is
+public, for those of the tests and of the benchmarks.
+"""
 
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import torch
 from diffusers import (
@@ -28,6 +33,7 @@ from transformers import (
 
 from mitune.worlds.shapes.grammar import vocabulary
 
+BETAS: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}  # of its noise
 MAX_TOKENS = 16  # the longest prompt takes 14
 JOINT_WIDTH = 144  # of the two CLIP text encoders of shapes-sd3, side by side: 128 + 16
 LATENT_CHANNELS = 8
@@ -66,14 +72,17 @@ def new_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab=learned["vocab"], merges=merges, model_max_length=MAX_TOKENS)
 
 
-def _text_config(tokenizer: CLIPTokenizer, *, width: int, layers: int, projection: int = 8) -> CLIPTextConfig:
+def text_config(
+    tokenizer: CLIPTokenizer, *, width: int, layers: int, heads: int, mlp: int, projection: int = 8
+) -> CLIPTextConfig:
+    """Of a CLIP text encoder for this tokenizer; `mlp` is the width within its layers."""
     return CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
-        intermediate_size=4 * width,
+        intermediate_size=mlp,
         num_hidden_layers=layers,
-        num_attention_heads=max(1, width // 32),
-        max_position_embeddings=MAX_TOKENS,
+        num_attention_heads=heads,
+        max_position_embeddings=tokenizer.model_max_length,
         projection_dim=projection,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -81,13 +90,24 @@ def _text_config(tokenizer: CLIPTokenizer, *, width: int, layers: int, projectio
     )
 
 
+def third_encoder(width: int) -> T5EncoderModel:
+    """The T5 that SD3 folders must hold, as small as it may be."""
+    return T5EncoderModel(T5Config(vocab_size=200, d_model=width, d_kv=8, d_ff=8, num_layers=1, num_heads=1))
+
+
+def sd_scheduler(prediction_type: str = "epsilon") -> DDIMScheduler:
+    """DDIM with the settings of Stable Diffusion."""
+    return DDIMScheduler(
+        **BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1, prediction_type=prediction_type
+    )
+
+
 def _silent_t5() -> T5EncoderModel:
-    """The third text encoder that SD3 folders must hold: its output is zero, and CLIP carries the prompt alone.
+    """A third text encoder whose output is zero, so that CLIP carries the prompt alone.
 
     `MODEL_CALL` shortens it to one token, since a pipeline's own default would feed the denoiser 256 of them.
     """
-    config = T5Config(vocab_size=200, d_model=JOINT_WIDTH, d_kv=8, d_ff=8, num_layers=1, num_heads=1)
-    encoder = T5EncoderModel(config)
+    encoder = third_encoder(JOINT_WIDTH)
     encoder.encoder.final_layer_norm.weight.data.zero_()
     return encoder
 
@@ -103,7 +123,7 @@ def new_pipeline(
 def _new_sd(vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> StableDiffusionPipeline:
     return StableDiffusionPipeline(
         vae=vae,
-        text_encoder=CLIPTextModel(_text_config(tokenizer, width=128, layers=3)),
+        text_encoder=CLIPTextModel(text_config(tokenizer, width=128, layers=3, heads=4, mlp=512)),
         tokenizer=tokenizer,
         unet=UNet2DConditionModel(
             sample_size=8,
@@ -117,14 +137,7 @@ def _new_sd(vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> StableDiffusionPipe
             attention_head_dim=4,
             norm_num_groups=8,
         ),
-        scheduler=DDIMScheduler(
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            clip_sample=False,
-            set_alpha_to_one=False,
-            steps_offset=1,
-        ),
+        scheduler=sd_scheduler(),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -132,8 +145,8 @@ def _new_sd(vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> StableDiffusionPipe
 
 
 def _new_sd3(vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> StableDiffusion3Pipeline:
-    text_encoder = CLIPTextModelWithProjection(_text_config(tokenizer, width=128, layers=3))
-    text_encoder_2 = CLIPTextModelWithProjection(_text_config(tokenizer, width=16, layers=2))
+    text_encoder = CLIPTextModelWithProjection(text_config(tokenizer, width=128, layers=3, heads=4, mlp=512))
+    text_encoder_2 = CLIPTextModelWithProjection(text_config(tokenizer, width=16, layers=2, heads=1, mlp=64))
     for encoder in (text_encoder, text_encoder_2):
         # A pooled text vector is a bag of words, a shortcut past binding: here it is zero and stays zero.
         encoder.text_projection.weight.data.zero_().requires_grad_(False)
