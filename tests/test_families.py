@@ -247,7 +247,7 @@ def test_training(case, tmp_path):
     batch = drawn.batch(torch.arange(len(drawn.rows)), images, path, cpu)
     losses = []
     for each in (model, tuned):
-        network = AdaptedNetwork(denoiser=NetworkDenoiser.of(each.pipe), modules={}, text_encoders=None)
+        network = AdaptedNetwork(denoiser=NetworkDenoiser.of(each.pipe), modules={}, text_encoders=None, start=None)
         with torch.no_grad():
             losses.append(Denoising()(batch, network).mean().item())
     row = json.loads((done.adapter / "training.jsonl").read_text())

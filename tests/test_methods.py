@@ -1,5 +1,6 @@
 """Methods: one from a user's own file, and what a run says of the variants that it was given."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from mitune.errors import MituneError
 from mitune.evaluation.variant import VARIANTS, Variant, check_names, read_variants, write_variants
 from mitune.methods.base import METHODS
+from mitune.methods.mi_tune import prompts_of_round
 from tests.test_cli_errors import invoke
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -102,10 +104,47 @@ def test_method_that_cannot_be_is_refused_before_anything_is_made(method, senten
     assert not (here / "run").exists()
 
 
-def test_objective_that_the_sets_of_a_pool_do_not_serve_is_refused_before_they_are_made(here):
-    status, shown = tune("mi-tune", "--set", "finetune.objective=mine:Ranks")
-    assert (status, "mine:Ranks needs a ranked set" in shown) == (2, True), shown
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        (["pool.ranked=2"], "denoising would learn from the worst images of a ranked set as from the best"),
+        (["round_prompts=3"], "round_prompts = 3, but two.txt has 2 prompts"),
+    ],
+)
+def test_rounds_that_cannot_be_are_refused_before_anything_is_made(settings, sentence, here):
+    status, shown = tune("mi-tune", *(part for setting in settings for part in ("--set", setting)))
+    assert (status, sentence in shown) == (2, True), shown
     assert not (here / "run").exists()
+
+
+def test_rounds_with_a_ranked_objective_of_a_users_own(here):
+    """Each round takes one prompt, ranks all candidates, and goes on from the adapter of the round before."""
+    training = ["objective=mine:Ranks", "rank=4", "batch_size=2", "iterations=1", "learning_rate=0.01"]
+    settings = ["rounds=3", "round_prompts=1", "eval.each_round=true", *(f"finetune.{each}" for each in training)]
+    told = [part for setting in settings for part in ("--set", setting)]
+    status, shown = tune("mi-tune", "-M", 3, "-s", "self-confidence", "--eval-prompts", "two.txt", *told)
+    assert status == 0, shown
+    prompts = []
+    for number in (1, 2, 3):
+        lines = (here / "run" / f"round-{number}" / "sets" / "self-confidence" / "metadata.jsonl").read_text()
+        rows = [json.loads(line) for line in lines.splitlines()]
+        assert len(rows) == 3 and sum(row["advantage"] for row in rows) == pytest.approx(0)
+        prompts += {row["prompt"] for row in rows}
+    assert sorted(prompts[:2]) == sorted({*prompts})
+    judged = pq.read_table(here / "run" / "eval" / "images.parquet")["variant"].to_pylist()
+    names = ["base", "self-confidence", "self-confidence, round 1", "self-confidence, round 2"]
+    assert list(dict.fromkeys(judged)) == names
+
+
+def test_every_prompt_has_its_turn():
+    prompts = [f"prompt {number}" for number in range(10)]
+    rounds = [prompts_of_round(prompts, 3, number, seed=0) for number in range(1, 7)]
+    for turn in (rounds[:3], rounds[3:]):
+        taken = [prompt for chosen in turn for prompt in chosen]
+        assert len(set(taken)) == 9
+    assert rounds[:3] != rounds[3:]
+    assert all(chosen == [prompt for prompt in prompts if prompt in chosen] for chosen in rounds)
+    assert prompts_of_round(prompts, 10, 5, seed=1) == prompts
 
 
 def test_variant_that_is_called_like_the_base_is_refused(here):

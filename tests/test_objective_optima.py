@@ -204,6 +204,6 @@ def test_training_on_a_ranked_set(objective, adapter, precision, world, tmp_path
 @pytest.mark.parametrize("objective", [name for name in OBJECTIVES.rows if name != "denoising"])
 def test_set_without_advantages_is_refused(objective, world, tmp_path):
     model, _ = world["sd"]
-    with pytest.raises(MituneError, match=f"{objective} needs a ranked set; give each row of"):
+    with pytest.raises(MituneError, match=f"{objective} needs a ranked set, with an"):
         finetune(model, write_set("sd", tmp_path / "set"), tmp_path / "adapter", config_of(objective=objective))
     assert not (tmp_path / "adapter").exists()

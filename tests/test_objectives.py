@@ -47,7 +47,9 @@ def batch_of(scheduler, latents, noise, timesteps, **changes):
 
 
 def network_of(network, scheduler):
-    return AdaptedNetwork(denoiser=NetworkDenoiser(network, path_of(scheduler), CPU), modules={}, text_encoders=None)
+    return AdaptedNetwork(
+        denoiser=NetworkDenoiser(network, path_of(scheduler), CPU), modules={}, text_encoders=None, start=None
+    )
 
 
 def latents_and_noise():
@@ -141,7 +143,9 @@ def opened(world, kind, config):
     batch = draw(images, path, 1.0, config, 0).batch(torch.arange(4), images, path, CPU)
     text_encoders = TextEncoders(components.text_pipeline(), [], model.call) if config.text_encoder else None
     denoiser = NetworkDenoiser(components.denoiser(), path, CPU)
-    base = AdaptedNetwork(denoiser=denoiser, modules={"base": denoiser.network}, text_encoders=text_encoders)
+    base = AdaptedNetwork(
+        denoiser=denoiser, modules={"base": denoiser.network}, text_encoders=text_encoders, start=None
+    )
     return open_network(components, config, CPU, None), batch, base
 
 
@@ -179,6 +183,25 @@ def test_reference_is_the_prediction_of_the_base(kind, adapter, text, merged, wo
         disturb(network)
         assert (network(batch) - expected).abs().max() > 1e-3
         assert torch.equal(network.reference(batch), expected)
+
+
+@forms
+@adapters
+def test_reference_is_the_prediction_at_the_start(adapter, text, merged, world, tmp_path):
+    """Where training goes on from an adapter, the frozen network has that, bit for bit."""
+    config = config_of(adapter=adapter, text_encoder=text)
+    model, folder = world["sd"]
+    first = finetune(model, folder, tmp_path / "first", config).adapter
+    _, batch, base = opened(world, "sd", config)
+    network = open_network(Components.of(model), config, CPU, first)
+    with fast_layers(network, merged=merged, compiled=False), torch.no_grad():
+        expected = network(batch)
+        assert torch.equal(network.reference(batch), expected)
+        assert (expected - base(batch)).abs().max() > 1e-3
+        disturb(network)
+        trained = network(batch)
+        assert torch.equal(network.reference(batch), expected)
+        assert torch.equal(network(batch), trained)
 
 
 @forms

@@ -59,6 +59,7 @@ def claim_run(run: Path, config: Config, prompts: Sequence[str]) -> None:
         "prompts": list(prompts),
         "method": config.method,
         "rounds": config.rounds,
+        "round_prompts": config.round_prompts,
     }
     claim(run, identity | settings, "run")
     write_config(config, run / CONFIG)

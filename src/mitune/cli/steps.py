@@ -75,6 +75,7 @@ def pool(
     from mitune.denoiser.opening.identity import model_identity
     from mitune.denoiser.opening.models import load_model
     from mitune.evaluation.metrics.table import metric_for
+    from mitune.finetuning.objectives.base import pool_settings
     from mitune.pool.build import build_pool
     from mitune.prompts.lists import load_prompts
     from mitune.run.executors.base import EXECUTORS
@@ -94,7 +95,7 @@ def pool(
             loaded,
             texts,
             run / "pool",
-            config.pool,
+            pool_settings(config),
             metric=judge,
             shard=part,
             executor=launcher,

@@ -89,6 +89,12 @@ class PoolConfig:
     # Hard negatives, for scores that hold an image against rival prompts: JSON lines, {"prompt": ..., "negatives":
     # [...]}, or a world of one's own, mine:world. None, and for prompts that these lack: those that rules make.
     negatives: str | None = None
+    # For objectives that learn from what is wrong as well, a ranked set: so many of a prompt's best and of its worst by
+    # the score; all candidates if there are no more. None: all if finetune.objective needs a ranked set, else none.
+    ranked: Count | None = None
+    # Who gives the scores that ask a model again, where an adapter made the candidates: the base without it, whose
+    # judgment no round changes, or the present model with it.
+    scored_by: Literal["base", "present"] = "base"
     seed: Seed = 0
 
     def __post_init__(self) -> None:
@@ -152,6 +158,7 @@ class EvalConfig:
     images: Annotated[int, Range(least=1, most=100_000)] = 4  # a prompt
     batch_size: BatchSize = 50
     seed: Seed = 1000
+    each_round: bool = False  # also the adapters of the rounds before the last
     guidance_scales: tuple[GuidanceScale, ...] = ()  # a sweep of the base model, beside the run's own scale
 
     def __post_init__(self) -> None:
@@ -172,6 +179,7 @@ class Config:
     prompt_field: str | None = None  # JSON field or column of these files that holds the prompts; None: a guess
     method: str = "mi-tune"  # what makes the variants to judge: a name of `mitune list methods`, or module:attribute
     rounds: Annotated[int, Range(least=1, most=1000)] = 1  # R
+    round_prompts: Count | None = None  # how many of the prompts each round takes, all in turn, shuffled; None: all
 
     def __post_init__(self) -> None:
         settle(self, "")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any, cast
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from mitune.denoiser.pipeline import Network, Pipeline
@@ -98,6 +99,20 @@ def save_pipeline(pipe: Pipeline, folder: Path) -> None:
 def without_progress_bar(pipe: Pipeline) -> None:
     """Has the pipeline draw none from here on."""
     pipe.set_progress_bar_config(disable=True)
+
+
+@contextmanager
+def adapters_off(parts: Iterable[object]) -> Iterator[None]:
+    """Adapted layers of these modules compute as they did before the adapter, in PEFT's form and in the merged one."""
+    modules = [part for part in parts if isinstance(part, nn.Module)]
+    layers = [layer for module in modules for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
 
 
 def free_denoiser(pipe: Pipeline) -> None:

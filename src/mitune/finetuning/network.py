@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from mitune.config.schema import FinetuneConfig
 from mitune.denoiser.encoding import TextEncoders
 from mitune.denoiser.epsilon import NetworkDenoiser
-from mitune.denoiser.network import compile_denoiser
+from mitune.denoiser.network import adapters_off, compile_denoiser
 from mitune.denoiser.opening.components import Components
 from mitune.denoiser.opening.models import call_arguments
 from mitune.denoiser.path import path_of
 from mitune.denoiser.pipeline import Network
 from mitune.errors import MituneError, first_line
-from mitune.finetuning.adapter import add_adapter, check_rank, load_weights
+from mitune.finetuning.adapter import add_adapter, check_rank, load_weights, trainable
 from mitune.finetuning.dataset import TrainingSet
 from mitune.finetuning.draws import Draw
 from mitune.finetuning.layers import channels_last, merged_layers
@@ -36,6 +35,7 @@ class AdaptedNetwork:
     denoiser: NetworkDenoiser
     modules: Mapping[str, nn.Module]  # those with an adapter, by component name: the denoiser's network, text encoders
     text_encoders: TextEncoders | None  # None where the prompts' conditioning is that of the set
+    start: Mapping[str, Tensor] | None  # the adapters' weights at the start, by name; None where they are new
 
     def __call__(self, batch: Batch) -> Tensor:
         """The prediction with the adapters, (B, C, H, W), float32."""
@@ -45,22 +45,26 @@ class AdaptedNetwork:
         return self.denoiser.prediction(batch.noisy, batch.timesteps, conditioning)
 
     def reference(self, batch: Batch) -> Tensor:
-        """The prediction without any adapter, (B, C, H, W), float32, without gradients."""
-        with torch.no_grad(), adapters_off(self.modules.values()):
+        """The prediction before the training, (B, C, H, W), float32, without gradients: of the model that made the
+        images, without any adapter or with the one that the training goes on from."""
+        with torch.no_grad(), self._before():
             return self(batch)
 
-
-@contextmanager
-def adapters_off(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Adapted layers compute as they did before the adapter, in PEFT's form and in the merged one."""
-    layers = [layer for module in modules for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
-    for layer in layers:
-        layer.enable_adapters(False)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.enable_adapters(True)
+    @contextmanager
+    def _before(self) -> Iterator[None]:
+        if self.start is None:
+            with adapters_off(self.modules.values()):
+                yield
+            return
+        parameters = trainable(self.modules)
+        present = {name: parameter.data for name, parameter in parameters.items()}
+        try:
+            for name, value in self.start.items():
+                parameters[name].data = value
+            yield
+        finally:
+            for name, value in present.items():
+                parameters[name].data = value
 
 
 def open_network(
@@ -85,7 +89,10 @@ def open_network(
     denoiser = NetworkDenoiser(network, path_of(components.scheduler()), device)
     if text_encoders is not None:
         text_encoders.to(device)
-    return AdaptedNetwork(denoiser=denoiser, modules=modules, text_encoders=text_encoders)
+    start = None
+    if start_from is not None:
+        start = {name: parameter.detach().clone() for name, parameter in trainable(modules).items()}
+    return AdaptedNetwork(denoiser=denoiser, modules=modules, text_encoders=text_encoders, start=start)
 
 
 def check_fit(network: AdaptedNetwork, images: TrainingSet, model: str) -> None:

@@ -32,7 +32,7 @@ from mitune.finetuning.dataset import TrainingSet
 from mitune.finetuning.draws import shift_of
 from mitune.finetuning.history import rows_of
 from mitune.finetuning.network import AdaptedNetwork, check_fit, fast_layers, open_network
-from mitune.finetuning.objectives.base import OBJECTIVES, Objective
+from mitune.finetuning.objectives.base import OBJECTIVES, Objective, check_set
 from mitune.finetuning.trainer import Progress, Trainer
 from mitune.finetuning.watch import check_learned
 from mitune.run.locks import sole_worker
@@ -72,11 +72,7 @@ def finetune(
     """
     device, objective = _device(model, config), OBJECTIVES.resolve(config.objective)
     components, images = Components.of(model), TrainingSet.read(dataset)
-    if objective.needs == "ranked" and not images.is_ranked:
-        raise MituneError(
-            f"finetune.objective = {config.objective} needs a ranked set; give each row of "
-            f'{dataset / "metadata.jsonl"} an "advantage" over the others of its prompt, or set another objective.'
-        )
+    check_set(objective, config.objective, ranked=images.is_ranked)
     if not Path(parts_of(model)).is_dir() and not (output / "settings.json").exists():
         components.denoiser()  # onto this machine, so that its contents are known
     parts = model_parts(model)

@@ -1,6 +1,8 @@
 """Algorithm 1 of MI-TUNE: pool, selection, fine-tuning, and again.
 
-prompts → pool → fine-tuning set → adapter → (next round, with the adapter)
+    prompts → pool → fine-tuning set → adapter → (next round, with the adapter)
+
+A round may take some of the prompts alone (`round_prompts`), so that many short rounds cost what one large pool does.
 """
 
 from __future__ import annotations
@@ -10,6 +12,8 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from mitune.config.schema import Config, PoolConfig
 from mitune.denoiser.opening.identity import model_identity
 from mitune.denoiser.opening.models import Model, load_model
@@ -17,7 +21,7 @@ from mitune.errors import MituneError
 from mitune.evaluation.metrics.base import ImageMetric
 from mitune.evaluation.metrics.table import metric_for
 from mitune.evaluation.variant import Variant
-from mitune.finetuning.objectives.base import OBJECTIVES
+from mitune.finetuning.objectives.base import OBJECTIVES, check_set, pool_settings
 from mitune.finetuning.run import check_trainable, finetune
 from mitune.pool.build import build_pool
 from mitune.pool.scores import own_negatives, scores_of, want_negatives
@@ -30,33 +34,58 @@ class MITune:
     """Makes an adapter for each selection of `config.pool.select`, in `config.rounds` rounds.
 
     From the second round on, each selection has a pool of its own, made with its adapter, which is trained further.
+    Seeds move on from round to round: of the candidates, and of the training.
     """
 
     def check(self, config: Config, prompts: Sequence[Listed], base: Model) -> None:
         """Raises MituneError for a model that cannot be trained, selections that cannot be, and prompts that the judge
         or the user's hard negatives do not fit."""
         check_trainable(config.model, config.finetune, base.pipe)
-        if OBJECTIVES.resolve(config.finetune.objective).needs == "ranked":
+        pool = pool_settings(config)
+        objective = OBJECTIVES.resolve(config.finetune.objective)
+        check_set(objective, config.finetune.objective, ranked=pool.ranked is not None)
+        if config.round_prompts is not None and config.round_prompts > len(prompts):
             raise MituneError(
-                f"finetune.objective = {config.finetune.objective} needs a ranked set, and a pool's sets hold what is "
-                "kept alone; add advantages to a set and give it to `mitune train`, or set another objective."
+                f"round_prompts = {config.round_prompts}, but {config.prompts} has {len(prompts)} prompts; set it to "
+                "at most that, or leave it out."
             )
         texts = [listed.text for listed in prompts]
         _metric(config, texts)
         own_negatives(config.pool.negatives, scores_of(map(parse_rule, config.pool.select), texts), texts, base)
 
     def prepare(self, config: Config, prompts: Sequence[Listed], run: Run) -> list[Variant]:
-        """The adapters of the last round."""
+        """The adapters of the last round, and with `config.eval.each_round` those of the rounds before."""
         texts = [listed.text for listed in prompts]
         metric = _metric(config, texts)
         adapters: dict[str, Path] = {}
+        earlier: list[Variant] = []
         for number in range(1, config.rounds + 1):
-            adapters = _round(config, run, number, adapters, texts, metric)
-        return [Variant(name=slug, adapter=folder) for slug, folder in adapters.items()]
+            earlier += [Variant(name=f"{slug}, round {number - 1}", adapter=path) for slug, path in adapters.items()]
+            chosen = prompts_of_round(texts, config.round_prompts or len(texts), number, config.pool.seed)
+            adapters = _round(_of_round(config, number), run, number, adapters, chosen, metric)
+        last = [Variant(name=slug, adapter=folder) for slug, folder in adapters.items()]
+        return last + (earlier if config.eval.each_round else [])
 
 
 def _metric(config: Config, prompts: Sequence[str]) -> ImageMetric | None:
     return metric_for(config.metric, source=config.prompts, model=config.model.name, prompts=prompts)
+
+
+def prompts_of_round(prompts: Sequence[str], count: int, number: int, seed: int) -> list[str]:
+    """The `count` prompts of a round, numbered from 1, in their order: all in turn, shuffled, then shuffled anew."""
+    turn, place = divmod(number - 1, len(prompts) // count)
+    order = np.random.default_rng([seed, turn]).permutation(len(prompts))
+    return [prompts[index] for index in sorted(order[place * count : (place + 1) * count])]
+
+
+def _of_round(config: Config, number: int) -> Config:
+    """The settings of a round: those of the run with other seeds."""
+    pool, finetune = pool_settings(config), config.finetune
+    return replace(
+        config,
+        pool=replace(pool, seed=pool.seed + number - 1),
+        finetune=replace(finetune, seed=finetune.seed + number - 1),
+    )
 
 
 def _round(

@@ -1,6 +1,7 @@
 """From the records of a pool to its table, the pictures of its extremes, and its fine-tuning sets.
 
-A set is an imagefolder with metadata, latents and text embeddings. It is written whole, beside its place, and renamed,
+A set is an imagefolder with metadata, latents and text embeddings: of what a selection keeps, or, ranked, of a prompt's
+best and worst, with the score and the advantage of each. It is written whole, beside its place, and renamed,
 by whoever finds all records there and has the folder's lock; and it is sealed (`seals.py`), as the table and the
 pictures are. Whatever is missing or damaged is made again from the records.
 """
@@ -23,6 +24,7 @@ from mitune.denoiser.conditioning import Passes, stack_passes
 from mitune.denoiser.opening.models import Model, nothing_but_nan
 from mitune.denoiser.pictures import decode
 from mitune.errors import MituneError
+from mitune.pool.advantage import advantages
 from mitune.pool.record import SHOWN_PROMPTS
 from mitune.run.records import Record, Records
 from mitune.run.seals import SEAL, is_whole, read_seal, write_seal
@@ -121,8 +123,8 @@ def _write_set(model: Model, records: Iterable[Record], slug: str, target: Path,
     rows, latents, passes, empty = [], [], [], []
     for table, tensors in records:
         position = {j: at for at, j in enumerate(tensors["candidates"].tolist())}
-        candidates = table.select(["prompt_index", "prompt", "candidate", "seed", f"kept.{slug}"]).to_pylist()
-        kept = [row for row in candidates if row.pop(f"kept.{slug}")]
+        candidates = table.select(["prompt_index", "prompt", "candidate", "seed"]).to_pylist()
+        kept = [row | more for row, more in zip(candidates, _members(table, slug), strict=True) if more is not None]
         if not kept:
             empty.append(candidates[0]["prompt"])
         for row in kept:
@@ -132,6 +134,9 @@ def _write_set(model: Model, records: Iterable[Record], slug: str, target: Path,
             passes.append(_passes(tensors))
     if not rows:
         raise MituneError(f"The selection {slug!r} keeps no candidate at all; lower its threshold, or take another.")
+    if "score" in rows[0]:
+        ranks = advantages([row["score"] for row in rows], [row["prompt_index"] for row in rows])
+        rows = [row | {"advantage": advantage} for row, advantage in zip(rows, ranks, strict=True)]
     if empty:
         log.warning("The set %s has no image of %d prompts: %s.", slug, len(empty), "; ".join(empty))
     stacked = torch.stack(latents)
@@ -147,6 +152,13 @@ def _write_set(model: Model, records: Iterable[Record], slug: str, target: Path,
             target.replace(unfinished(target))
         folder.replace(target)
     _sweep_beside(target)
+
+
+def _members(table: pa.Table, slug: str) -> list[dict[str, Any] | None]:
+    """For each candidate of a record what its set says of it; None if it is not in it."""
+    if f"ranked.{slug}" in table.column_names:
+        return [None if score is None else {"score": score} for score in table[f"ranked.{slug}"].to_pylist()]
+    return [{} if kept else None for kept in table[f"kept.{slug}"].to_pylist()]
 
 
 def _passes(tensors: Mapping[str, Tensor]) -> Passes:

@@ -70,18 +70,25 @@ def build_pool(
 ) -> PoolResult:
     """Fills `folder` with the pool of `prompts`, and `sets` beside it with a fine-tuning set for each selection.
 
+    The sets are ranked where `config.ranked` says so.
+
     `shard` = (i, n) makes every n-th prompt alone, from the i-th on, so that n processes can share a folder; whoever
     finds all records present writes the sets, as does each later call where files of a set are missing or damaged.
     `executor` has the records made, by default in order; `store` makes, of their folder, the store that they lie in.
     `identity` is `model_identity` of the model; without it, that of the weights in memory.
-    Raises MituneError for an unknown selection, one that a race would starve, one without a value at the run's
-    steps, an oracle without a metric, hard negatives that nothing needs, prompts that the model's call would cut, a
-    folder of other settings or of another process, something else in the place of a set, or a model that makes nothing
-    but NaN.
+    Raises MituneError for an unknown selection, one that a race would starve, a threshold for a ranked set, one
+    without a value at the run's steps, an oracle without a metric, hard negatives that nothing needs, prompts that the
+    model's call would cut, a folder of other settings or of another process, something else in the place of a set, or a
+    model that makes nothing but NaN.
     """
     prompts = check_prompts(prompts, model)
     check_pictures(model)
     rules = [parse_rule(text) for text in config.select]
+    if config.ranked and any(rule.threshold is not None or rule.quantile is not None for rule in rules):
+        raise MituneError(
+            f"pool.select = {list(config.select)} names a threshold, but a ranked set holds the worst images as well; "
+            "leave the threshold out."
+        )
     scores = scores_of(rules, prompts)
     negatives = own_negatives(config.negatives, scores, prompts, model)
     if metric is None and any(rule.by == ORACLE for rule in rules):
@@ -89,7 +96,7 @@ def build_pool(
             "pool.select names 'oracle', but neither model nor prompts come with a judge; leave it out, or name a "
             "metric (--metric)."
         )
-    race = race_of(config.race, rules, scores, candidates=config.candidates, keep=config.keep)
+    race = race_of(config, rules, scores)
     made_by, tally, began = dict(identity or loaded_identity(model)), _Tally(model), time.monotonic()
     settings = {"model": made_by, "prompts": list(prompts), "pool": settings_that_matter(config)} | metric_claim(metric)
     with one_of_many(folder, shard):

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from mitune.config.schema import GRADUAL, RaceSetting, Rungs
+from mitune.config.schema import GRADUAL, PoolConfig, Rungs
 from mitune.denoiser.probe import MIProbe
 from mitune.errors import MituneError
 from mitune.information import SCORES
@@ -76,20 +76,23 @@ class Race:
         return min(range(1, max(1, GROUP * batch_size // self.candidates) + 1), key=filled)
 
 
-def race_of(
-    setting: RaceSetting, rules: Sequence[Rule], scores: Mapping[str, PoolScore], *, candidates: int, keep: int
-) -> Race | None:
-    """The race by the rungs of PoolConfig.race, if it is "auto" only where self-confidence decides; None without one.
+def race_of(config: PoolConfig, rules: Sequence[Rule], scores: Mapping[str, PoolScore]) -> Race | None:
+    """The race by the rungs of `config.race`, if it is "auto" only where self-confidence decides; None without one.
 
-    scores: those that the rules name, without the controls. Raises MituneError for a rule that needs all candidates
-    finished: a control, a quantile, a score that does not go with an on-line one.
+    scores: those that the rules name, without the controls. Raises MituneError for a ranked set, and for a rule that
+    needs all candidates finished: a control, a quantile, a score that does not go with an on-line one.
     """
     online = {rule: scores[rule.by].online for rule in rules if rule.by in scores and rule.quantile is None}
-    rungs = setting
+    rungs = config.race
     if rungs == "auto":
-        rungs = GRADUAL if all(online.get(rule) == SAFE for rule in rules) else "off"
+        rungs = GRADUAL if not config.ranked and all(online.get(rule) == SAFE for rule in rules) else "off"
     if rungs == "off":
         return None
+    if config.ranked:
+        raise MituneError(
+            "pool.race drops candidates half-way, but a ranked set needs the worst of them finished as well; set "
+            "pool.race=off (--no-race), or take an objective that learns from what is kept alone."
+        )
     for rule in rules:
         if online.get(rule) is None:
             raise MituneError(
@@ -97,7 +100,9 @@ def race_of(
                 "finished; leave that out, or set pool.race=off (--no-race)."
             )
     staged = any(not scores[rule.by].is_online for rule in rules)
-    chosen_from = 2 * keep if staged else keep  # a second stage needs a choice
     return Race(
-        rungs=rungs, scores=tuple(dict.fromkeys(filter(None, online.values()))), candidates=candidates, keep=chosen_from
+        rungs=rungs,
+        scores=tuple(dict.fromkeys(filter(None, online.values()))),
+        candidates=config.candidates,
+        keep=2 * config.keep if staged else config.keep,  # a second stage needs a choice
     )

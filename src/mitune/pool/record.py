@@ -1,13 +1,14 @@
 """Prompt i → record: its candidates made, scored, judged and selected. A function of i and the settings alone.
 
 A record's table has a row a candidate: its seed, status, scores, verdict, per-step terms, and which selections keep it.
-Its tensors are the latents of those that are kept or shown, and the text embeddings of the prompt.
+Its tensors are the latents of those that are kept, ranked or shown, and the text embeddings of the prompt.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,17 +17,18 @@ import torch
 from torch import Tensor
 
 from mitune.config.schema import PoolConfig
-from mitune.denoiser.network import denoiser_of, rows_counted
+from mitune.denoiser.network import adapters_off, components_of, denoiser_of, rows_counted
 from mitune.denoiser.opening.models import Model
 from mitune.denoiser.pictures import decode
 from mitune.denoiser.sampling import candidate_seed
 from mitune.evaluation.metrics.base import ImageMetric, judge, merit
 from mitune.information import SCORES
+from mitune.pool.advantage import best_and_worst
 from mitune.pool.batch_size import BatchSize
 from mitune.pool.race import Race
 from mitune.pool.sampled import Sampled, prompts_together, sample
 from mitune.pool.scores import Candidates, PoolScore
-from mitune.pool.selection import ORACLE, Rule, apply, select
+from mitune.pool.selection import ORACLE, Rule, apply, select, values_of
 from mitune.prompts.rivals import read_whole, rivals_of
 from mitune.run.records import Record
 from mitune.worlds.base import Negative
@@ -104,8 +106,12 @@ class PoolMaker:
         columns |= {f"score.{name}": of_all for name, of_all in values.items()} | sampled.terms
         kept = {rule.slug: self._kept(rule, values, prompt) for rule in self.rules}
         columns |= {f"kept.{slug}": [candidate in those for candidate in range(count)] for slug, those in kept.items()}
+        ranked = {rule.slug: self._ranked(rule, values, prompt) for rule in self.rules if self.config.ranked}
+        columns |= {f"ranked.{slug}": pa.array(scores, pa.float64()) for slug, scores in ranked.items()}
         pictured = self._extremes(values) if index < SHOWN_PROMPTS else ()
-        stored = sorted({*pictured, *(candidate for those in kept.values() for candidate in those)})
+        in_sets = {candidate for those in kept.values() for candidate in those}
+        in_sets |= {j for scores in ranked.values() for j, score in enumerate(scores) if score is not None}
+        stored = sorted({*pictured, *in_sets})
         tensors = {"latents": sampled.latents[stored], "candidates": torch.tensor(stored, dtype=torch.int64)}
         if sampled.passes is not None:
             tensors |= {f"conditioning.{name}": tensor for name, tensor in sampled.passes.to_tensors().items()}
@@ -120,7 +126,8 @@ class PoolMaker:
         if not others:
             return values, 0.0
         seed = self.config.seed
-        with rows_counted(denoiser_of(self.model.pipe)) as rows:
+        judging = adapters_off if self.config.scored_by == "base" else nullcontext
+        with judging(components_of(self.model.pipe).values()), rows_counted(denoiser_of(self.model.pipe)) as rows:
             candidates = Candidates(
                 model=self.model,
                 prompt=prompt,
@@ -156,6 +163,13 @@ class PoolMaker:
     def _kept(self, rule: Rule, values: Values, prompt: str) -> list[int]:
         seed = candidate_seed(self.config.seed, prompt, -1)
         return apply(rule, values, self.config.keep, seed, self._ties(rule.by, values))
+
+    def _ranked(self, rule: Rule, values: Values, prompt: str) -> list[float | None]:
+        """The scores of the candidates that go into a ranked set; None for the others."""
+        scores = values_of(rule, values, candidate_seed(self.config.seed, prompt, -1))
+        order = select(scores, self.config.candidates, ties=self._ties(rule.by, values))
+        members = best_and_worst(order, self.config.ranked or 0)
+        return [score if j in members else None for j, score in enumerate(scores)]
 
     def _ties(self, name: str, values: Values) -> list[float] | None:
         """What decides among candidates that a score or control holds equal, out of the values of all scores."""

@@ -87,14 +87,19 @@ def apply(
     ties: Sequence[float] | None = None,
 ) -> list[int]:
     """The candidates that a rule keeps, given the scores of one prompt; `seed` serves the random control alone."""
+    values = values_of(rule, columns, seed)
+    return select(values, keep, threshold=rule.threshold, quantile=rule.quantile, ties=ties)
+
+
+def values_of(rule: Rule, columns: Mapping[str, Sequence[float]], seed: int) -> Sequence[float]:
+    """What a rule goes by, out of the scores of one prompt: one of them, or numbers drawn for the random control."""
     if rule.by == RANDOM:
         # One score may have no value where a trajectory is short; a candidate without any is broken or was dropped.
         scores = np.array(list(columns.values()), dtype=np.float64)
         drawn = np.random.default_rng(seed).random(scores.shape[1])
-        values: Sequence[float] = np.where(np.isfinite(scores).any(axis=0), drawn, np.nan).tolist()
-    else:
-        values = columns[rule.by]
-    return select(values, keep, threshold=rule.threshold, quantile=rule.quantile, ties=ties)
+        values: list[float] = np.where(np.isfinite(scores).any(axis=0), drawn, np.nan).tolist()
+        return values
+    return columns[rule.by]
 
 
 def mean_rank(*scores: Tensor) -> Tensor:

@@ -2,8 +2,8 @@
 
     z = α z₀ + σ ε      u: what the network should predict at z, so ε, z₀, v = αε − σz₀ or (flow) v = ε − z₀
 
-Most objectives are a squared distance of the prediction from a target between the network without its adapter, f₀,
-and u, so that one file holds each:
+Most objectives are a squared distance of the prediction from a target between that of the frozen network which made
+the images, f₀, and u, so that one file holds each:
 
     y* = f₀ + A (u − f₀)      loss = ‖f − y*‖²                A = 1: the denoising loss of the papers
 
@@ -15,11 +15,12 @@ c² ‖ẑ₀ − ẑ₀*‖²: c² is how the model weighs noise levels in its 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 from torch import Tensor
 
+from mitune.config.schema import Config, PoolConfig
 from mitune.denoiser.conditioning import Conditioning
 from mitune.denoiser.path import NoisePath
 from mitune.errors import MituneError
@@ -67,7 +68,8 @@ class Network(Protocol):
         ...
 
     def reference(self, batch: Batch) -> Tensor:
-        """f₀: the frozen network without the adapter, for one more pass forward, without gradients."""
+        """f₀: the frozen network that made the images, without the adapter or, in later rounds, with the one that they
+        began with. It costs one more pass forward, without gradients."""
         ...
 
 
@@ -114,6 +116,28 @@ def per_image(values: Tensor, images: Tensor) -> Tensor:
 def squared_distance(predicted: Tensor, target: Tensor) -> Tensor:
     """‖f − y‖² of (B, C, H, W), the mean over an image's values: (B,)."""
     return (predicted - target).square().flatten(1).mean(dim=1)
+
+
+def pool_settings(config: Config) -> PoolConfig:
+    """The pool's settings, with a ranked set of all candidates where `config.finetune.objective` needs a ranked one."""
+    objective = OBJECTIVES.resolve(config.finetune.objective)
+    if objective.needs == "ranked" and config.pool.ranked is None:
+        return replace(config.pool, ranked=config.pool.candidates)
+    return config.pool
+
+
+def check_set(objective: Objective, name: str, *, ranked: bool) -> None:
+    """Raises MituneError for an objective, called `name`, that has no use for a set of this kind."""
+    if objective.needs == "ranked" and not ranked:
+        raise MituneError(
+            f'finetune.objective = {name} needs a ranked set, with an "advantage" of each image over the others of '
+            "its prompt in metadata.jsonl; let `mitune pool` write one (--set pool.ranked=4), or set another objective."
+        )
+    if objective.needs == "kept" and ranked:
+        raise MituneError(
+            f"finetune.objective = {name} would learn from the worst images of a ranked set as from the best; set an "
+            "objective that ranks them, such as advantage, or let `mitune pool` write a set of what is kept."
+        )
 
 
 def losses_of(objective: Objective, batch: Batch, network: Network) -> Tensor:
