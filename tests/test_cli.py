@@ -11,7 +11,7 @@ from PIL import Image
 
 from tests.test_cli_errors import invoke
 
-COMMANDS = ["demo", "tune", "pool", "train", "generate", "score", "eval", "report"]
+COMMANDS = ["demo", "tune", "pool", "train", "merge", "generate", "score", "eval", "report"]
 
 
 def mitune(*arguments, cwd, status=0):

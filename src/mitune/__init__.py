@@ -29,6 +29,7 @@ _HOME = {
     "evaluate": "evaluation.evaluate",
     "finetune": "finetuning.run",
     "load_model": "denoiser.opening.models",
+    "merge_adapters": "finetuning.merging",
     "score": "scoring",
     "select": "pool.selection",
     "tune": "tuning",
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from mitune.evaluation.evaluate import evaluate as evaluate
     from mitune.evaluation.metrics.base import ImageMetric as ImageMetric
     from mitune.evaluation.metrics.base import Judgment as Judgment
+    from mitune.finetuning.merging import merge_adapters as merge_adapters
     from mitune.finetuning.run import finetune as finetune
     from mitune.information import SCORES as SCORES
     from mitune.information import Estimate as Estimate

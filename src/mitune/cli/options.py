@@ -139,6 +139,23 @@ def _is_number(text: str) -> bool:
     return text.isdecimal() and len(text) < 10
 
 
+def parse_weight(text: str) -> tuple[Path, float]:
+    """(place, weight) of ADAPTER[:WEIGHT]. Raises MituneError if nothing is there."""
+    place, colon, number = text.rpartition(":")
+    try:
+        weight = float(number) if colon else None
+    except ValueError:
+        weight = None
+    if weight is None:
+        place, weight = text, 1.0
+    if not Path(place).exists():
+        remedy = "give a folder or .safetensors file, and its weight as a number after a colon, e.g. runs/color:0.5"
+        if Path(text).exists():
+            remedy = f"for the one called {text}, write {text}:1"
+        raise MituneError(f"There is no adapter {place}; {remedy}.")
+    return Path(place), weight
+
+
 def store_for(name: str) -> Callable[[Path], Store]:
     """What makes the store called `name` of a folder. Raises MituneError, before anything is made, if nothing does."""
     from mitune.run.stores.base import STORES

@@ -1,4 +1,4 @@
-"""Its steps: pool, train."""
+"""Its steps: pool, train; and merge, which adds up what they made."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ from mitune.cli.options import (
     StoreName,
     console,
     parse_shard,
+    parse_weight,
     race_setting,
     say,
     settings_of,
@@ -165,3 +166,40 @@ def train(
     if fused is not None:
         export_fused(config.model, result.adapter, fused)
         say("Whole model with the adapter merged", fused)
+
+
+@app.command()
+def merge(
+    adapters: Annotated[
+        list[str],
+        Argument(
+            metavar="ADAPTER[:WEIGHT]",
+            help="Adapter folders or .safetensors files, each with the number that its change of the model is "
+            "multiplied by, after the last colon: 1 if left out, below 0 to go away from it.",
+        ),
+    ],
+    output: Annotated[Path, Option("--output", "-o", help="Folder for the adapter.")] = Path("merged"),
+    rank: Annotated[
+        int | None,
+        Option(min=1, help="Its rank at most, for the nearest such adapter; by default the ranks add up, exactly."),
+    ] = None,
+    preset: Preset = None,
+    config_file: ConfigFile = None,
+    model: ModelName = None,
+    assignments: Assignments = None,
+) -> None:
+    """Add up adapters of one model, with weights of either sign: again an adapter, without training.
+
+    The sum is exact. With DoRA in it, it is a DoRA and depends on the model's weights; the model is the one that the
+    adapters' cards name, or --model. To train on, set finetune.adapter, rank and alpha as the merged card has them.
+
+    Example:  mitune merge runs/color:0.5 runs/shape:0.5 runs/random:-0.3 -o merged
+    """
+    from mitune.finetuning.merging import merge_adapters
+
+    summands = [parse_weight(text) for text in adapters]
+    is_named = any((preset, config_file, model, assignments))
+    config = settings_of(preset, config_file, assignments, {"model.name": model}) if is_named else None
+    result = merge_adapters(summands, output, rank=rank, model=config.model if config else None)
+    say("Adapter, for pipe.load_lora_weights", result.adapter)
+    console.print(str(result), markup=False)

@@ -24,9 +24,9 @@ from mitune.run.sealed import pack
 from mitune.run.store import write_bytes, write_json
 
 REMEDY = "Lower finetune.learning_rate, or set model.dtype to bfloat16 or float32, or finetune.precision to bf16 or no."
-_SETTINGS = "lora_adapter_metadata"  # where diffusers looks for rank and α in a file's notes
+SETTINGS = "lora_adapter_metadata"  # where diffusers looks for rank and α in a file's notes
 _BLOCK = re.compile(r"(?:^|_)(?:attn|attention|ffn?|feed_forward|mlp)\d*(?:$|_)")
-_MAGNITUDE = "lora_magnitude_vector"  # DoRA's m: one number for each row of a weight matrix
+MAGNITUDE = "lora_magnitude_vector"  # DoRA's m: one number for each row of a weight matrix
 
 
 def adapted_layers(module: nn.Module) -> list[str]:
@@ -106,21 +106,38 @@ def save_adapter(
     """
     parts = {component: _weights(component, module) for component, module in modules.items()}
     weights = {f"{component}.{key}": tensor for component, part in parts.items() for key, tensor in part.items()}
-    bad = next((name for name, tensor in weights.items() if not torch.isfinite(tensor).all()), None)
+    bad = not_finite(weights)
     if bad is not None:
         raise MituneError(f"The adapter is not written: its weights are not finite ({bad}). {REMEDY}")
-    if not hasattr(pipeline_class, "save_lora_weights"):
-        _save_for_peft(folder, *modules.values())
-    header = json.dumps(_settings_of(modules), indent=2, sort_keys=True)
-    write_bytes(folder / WEIGHTS_FILE, pack(weights, {"format": "pt", _SETTINGS: header, **notes}))
+    write_adapter(folder, weights, _configs(modules), notes, for_peft=not hasattr(pipeline_class, "save_lora_weights"))
 
 
-def _save_for_peft(folder: Path, denoiser: Any) -> None:
-    settings = denoiser.peft_config["default"].to_dict()
-    plain = {key: sorted(value) if isinstance(value, set) else value for key, value in sorted(settings.items())}
-    weights = {f"base_model.model.{key}": value for key, value in _weights("transformer", denoiser).items()}
+def not_finite(weights: Mapping[str, Tensor]) -> str | None:
+    """The name of a tensor that holds NaN or infinity; None if there is none."""
+    return next((name for name, tensor in weights.items() if not torch.isfinite(tensor).all()), None)
+
+
+def write_adapter(
+    folder: Path,
+    weights: Mapping[str, Tensor],
+    configs: Mapping[str, LoraConfig],
+    notes: Mapping[str, str] = MappingProxyType({}),
+    *,
+    for_peft: bool,
+) -> None:
+    """Writes the file of `save_adapter`, of weights and settings by component name. for_peft: and PEFT's own two."""
+    if for_peft:
+        _write_for_peft(folder, weights, configs)
+    header = json.dumps(_header(configs), indent=2, sort_keys=True)
+    write_bytes(folder / WEIGHTS_FILE, pack(weights, {"format": "pt", SETTINGS: header, **notes}))
+
+
+def _write_for_peft(folder: Path, weights: Mapping[str, Tensor], configs: Mapping[str, LoraConfig]) -> None:
+    ((component, config),) = configs.items()  # of the denoiser, which alone has an adapter where diffusers loads none
+    plain = {key: sorted(value) if isinstance(value, set) else value for key, value in sorted(config.to_dict().items())}
+    renamed = {f"base_model.model.{key.removeprefix(f'{component}.')}": value for key, value in weights.items()}
     write_json(folder / PEFT_CONFIG, plain)
-    write_bytes(folder / PEFT_WEIGHTS, pack(weights, {"format": "pt"}))
+    write_bytes(folder / PEFT_WEIGHTS, pack(renamed, {"format": "pt"}))
 
 
 def load_weights(folder: Path, modules: Mapping[str, nn.Module]) -> None:
@@ -134,41 +151,45 @@ def load_weights(folder: Path, modules: Mapping[str, nn.Module]) -> None:
     shapes = {
         f"{component}.{key}": tensor.shape for component, part in expected.items() for key, tensor in part.items()
     }
-    if _SETTINGS not in notes:
+    if SETTINGS not in notes:
         raise MituneError(
             f"The adapter {file} says nothing of its rank and alpha, so its training cannot go on; name one that "
             "`mitune train` has written."
         )
-    if json.loads(notes[_SETTINGS]) != _settings_of(modules) or {k: v.shape for k, v in weights.items()} != shapes:
+    if json.loads(notes[SETTINGS]) != _header(_configs(modules)) or {k: v.shape for k, v in weights.items()} != shapes:
         raise MituneError(
             f"The adapter {file} is of another model, kind, rank or alpha than the one to be trained; set "
             "finetune.adapter, rank, alpha and text_encoder as they were for it."
         )
     for component, module in modules.items():
-        part = {key.removesuffix(_suffix(component, key)): weights[f"{component}.{key}"] for key in expected[component]}
+        part = {key.removesuffix(suffix(component, key)): weights[f"{component}.{key}"] for key in expected[component]}
         set_peft_model_state_dict(module, part)
 
 
 def _weights(component: str, module: nn.Module) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = get_peft_model_state_dict(module)
-    return {key + _suffix(component, key): tensor.detach().cpu().contiguous() for key, tensor in weights.items()}
+    return {key + suffix(component, key): tensor.detach().cpu().contiguous() for key, tensor in weights.items()}
 
 
-def _suffix(component: str, key: str) -> str:
+def suffix(component: str, key: str) -> str:
+    """What PEFT's name of a weight lacks in the file."""
     # transformers, which loads the text encoders' part, drops a magnitude whose name does not end in .weight; PEFT,
     # which loads the denoiser's, knows it by the bare name alone.
-    return ".weight" if component.startswith("text_encoder") and _MAGNITUDE in key else ""
+    return ".weight" if component.startswith("text_encoder") and MAGNITUDE in key else ""
 
 
-def _settings_of(modules: Mapping[str, Any]) -> dict[str, Any]:
-    """Rank, α and kind of each adapter, as diffusers keeps them in a file's header."""
-    settings: dict[str, Any] = {}
-    for component, module in modules.items():
-        lora = module.peft_config["default"]
-        settings |= {
+def _configs(modules: Mapping[str, Any]) -> dict[str, LoraConfig]:
+    return {component: module.peft_config["default"] for component, module in modules.items()}
+
+
+def _header(configs: Mapping[str, LoraConfig]) -> dict[str, Any]:
+    """Rank, α and kind of each adapter, as diffusers keeps them in a file's notes."""
+    header: dict[str, Any] = {}
+    for component, lora in configs.items():
+        header |= {
             f"{component}.r": lora.r,
             f"{component}.lora_alpha": lora.lora_alpha,
             f"{component}.use_dora": lora.use_dora,
             f"{component}.target_modules": sorted(lora.target_modules),
         }
-    return settings
+    return header
