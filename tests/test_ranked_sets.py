@@ -19,8 +19,7 @@ from mitune.finetuning.run import finetune
 from mitune.pool.advantage import advantages, best_and_worst
 from mitune.pool.build import build_pool
 from mitune.pool.evidence import gather
-from tests.sets import saved_pipeline
-from tests.tiny import tiny_sd
+from tests.tiny import saved_pipeline, tiny_sd
 
 PROMPTS = ["a red circle", "a blue square", "two green crosses"]
 CONFIG = PoolConfig(candidates=5, select=("self-confidence", "random"), batch_size=4, ranked=1)
