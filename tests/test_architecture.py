@@ -10,7 +10,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "mitune"
 # From the ground up; what stands in one tuple is one floor, whose rooms do not know of each other but for their doors.
 FLOORS = (
     ("errors",),
-    ("information", "files", "resolver"),
+    ("information", "files", "resolver", "seeds"),
     ("run",),
     ("config",),
     ("evaluation.metrics.base",),

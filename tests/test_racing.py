@@ -16,7 +16,7 @@ from mitune.denoiser.batches import constant_batches, texts_encoded_once
 from mitune.denoiser.network import denoiser_of
 from mitune.denoiser.opening.models import Model
 from mitune.denoiser.probe import MIProbe
-from mitune.denoiser.sampling import Request, candidate_seed, generate
+from mitune.denoiser.sampling import generate, requests_of
 from mitune.errors import MituneError
 from mitune.information import SCORES, get_score
 from mitune.pool.build import build_pool
@@ -45,7 +45,7 @@ def model(request):
 
 
 def requests(candidates=8, prompts=PROMPTS):
-    return [Request(prompt=p, seed=candidate_seed(0, p, j)) for p in prompts for j in range(candidates)]
+    return requests_of(prompts, candidates, 0)
 
 
 def race(**changes):

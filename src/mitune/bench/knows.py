@@ -23,7 +23,7 @@ from mitune.config.schema import ModelConfig
 from mitune.denoiser.opening.identity import model_identity
 from mitune.denoiser.opening.models import Model, load_model
 from mitune.denoiser.pictures import decode, encode_images
-from mitune.denoiser.sampling import Request, candidate_seed, generate_all
+from mitune.denoiser.sampling import generate_all, requests_of
 from mitune.errors import MituneError
 from mitune.evaluation.comparison import POOLED, summarize
 from mitune.evaluation.metrics.base import ImageMetric, Judgment
@@ -170,7 +170,7 @@ def _samples(
     batch_size: int,
 ) -> dict[str, Any]:
     """The shares of `images` samples a prompt."""
-    requests = [Request(prompt=p, seed=candidate_seed(seed, p, j)) for p in prompts for j in range(images)]
+    requests = requests_of(prompts, images, seed)
     won: list[bool | None] = []  # whether the prompt wins; None without a rival
     judgments: list[Judgment] = []
     for chunk, batch in generate_all(model, requests, batch_size):

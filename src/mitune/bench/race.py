@@ -23,7 +23,7 @@ from mitune.denoiser.opening.identity import model_identity, settings_that_matte
 from mitune.denoiser.opening.models import Model, load_model
 from mitune.denoiser.pictures import decode
 from mitune.denoiser.probe import MIProbe
-from mitune.denoiser.sampling import Request, candidate_seed, generate
+from mitune.denoiser.sampling import generate, requests_of
 from mitune.evaluation.metrics.base import judge
 from mitune.evaluation.rows import numbers
 from mitune.evaluation.statistics import Array, Interval, bootstrap, bootstrap_ratio, share_of_gain
@@ -121,14 +121,13 @@ def run_study(
 
 def _run(model: Model, prompt: str, config: RaceConfig) -> pa.Table:
     """The candidates of a prompt: the verdict, every score after every step, and the second stage of `contrast`."""
-    seeds = [candidate_seed(config.seed, prompt, j) for j in range(config.candidates)]
     so_far: list[dict[str, torch.Tensor]] = []
 
     def note(probe: MIProbe) -> None:
         trace = probe.trace_so_far()
         so_far.append({name: score.values(trace) for name, score in SCORES.items()})
 
-    batch = generate(model, [Request(prompt=prompt, seed=seed) for seed in seeds], config.batch_size, note)
+    batch = generate(model, requests_of([prompt], config.candidates, config.seed), config.batch_size, note)
     so_far[-1] = {name: score.values(batch.trace) for name, score in SCORES.items()}
     latents = batch.latents.nan_to_num()
     judgments = judge(judge_of(prompt), list(decode(model, latents)), [prompt] * config.candidates)

@@ -21,7 +21,7 @@ from mitune.config.schema import ModelConfig
 from mitune.denoiser.opening.identity import model_identity, settings_that_matter
 from mitune.denoiser.opening.models import Model, load_model
 from mitune.denoiser.pictures import decode
-from mitune.denoiser.sampling import Request, candidate_seed, generate_all
+from mitune.denoiser.sampling import generate_all, requests_of
 from mitune.errors import MituneError
 from mitune.evaluation.metrics.base import FAILURES, MALFORMED, ImageMetric, judge
 from mitune.information import Trace
@@ -119,8 +119,7 @@ def _record(
     model: Model, prompt: str, rivals: Rivals, metric: ImageMetric, config: SelectConfig
 ) -> tuple[pa.Table, dict[str, Tensor]]:
     """Makes, judges and questions the candidates of a prompt."""
-    seeds = [candidate_seed(config.seed, prompt, j) for j in range(config.candidates)]
-    requests = [Request(prompt=prompt, seed=seed) for seed in seeds]
+    requests = requests_of([prompt], config.candidates, config.seed)
     batches = [batch for _, batch in generate_all(model, requests, min(config.batch_size, config.candidates))]
     latents = torch.cat([batch.latents for batch in batches]).nan_to_num()
     terms: dict[str, list[Any]] = {}
@@ -134,7 +133,7 @@ def _record(
     columns: dict[str, list[Any]] = {
         "prompt": [prompt] * config.candidates,
         "candidate": list(range(config.candidates)),
-        "seed": seeds,
+        "seed": [request.seed for request in requests],
         "exact": [judgment.exact for judgment in judgments],
         "graded": [judgment.graded for judgment in judgments],
         "malformed": [judgment.malformed for judgment in judgments],

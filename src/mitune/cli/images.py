@@ -52,7 +52,7 @@ def generate(
     from mitune.denoiser.network import execution_device
     from mitune.denoiser.opening.models import load_model
     from mitune.denoiser.pictures import check_pictures, decode
-    from mitune.denoiser.sampling import Request, candidate_seed, default_batch_size, generate_all
+    from mitune.denoiser.sampling import default_batch_size, generate_all, requests_of
     from mitune.information import SCORES
     from mitune.prompts.lists import check_prompts
     from mitune.run.store import write_image
@@ -63,7 +63,7 @@ def generate(
     prompts = check_prompts(prompts, loaded)
     check_pictures(loaded)
     batch_size = default_batch_size(execution_device(loaded.pipe))
-    requests = [Request(prompt=p, seed=candidate_seed(seed, p, j)) for p in prompts for j in range(images)]
+    requests = requests_of(prompts, images, seed)
     names, done = ("mi-tune", "self-confidence"), 0
     with stage("Making images") as step:
         for chunk, batch in generate_all(loaded, requests, min(len(requests), batch_size), scores=names):

@@ -7,9 +7,8 @@ neighbors, of the order, or of a race in which others are dropped.
 
 from __future__ import annotations
 
-import hashlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -25,6 +24,7 @@ from mitune.denoiser.probe import MIProbe
 from mitune.denoiser.quiet import quiet_pipelines
 from mitune.denoiser.reading import refuse_cut
 from mitune.information import SCORES, Trace
+from mitune.seeds import seed_of
 
 log = logging.getLogger(__name__)
 LARGEST_BATCH = 64  # to begin with on a GPU; more than that makes none faster
@@ -66,8 +66,12 @@ class Dropping(Protocol):
 
 def candidate_seed(seed: int, prompt: str, candidate: int) -> int:
     """The seed of candidate j of a prompt, the same wherever and whenever it is made."""
-    digest = hashlib.sha256(f"{seed}\n{prompt}\n{candidate}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
+    return seed_of(seed, prompt, candidate)
+
+
+def requests_of(prompts: Iterable[str], count: int, seed: int) -> list[Request]:
+    """Those of the candidates 0 … count − 1 of each prompt in turn."""
+    return [Request(prompt=p, seed=candidate_seed(seed, p, j)) for p in prompts for j in range(count)]
 
 
 def generate(

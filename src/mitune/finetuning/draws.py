@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +12,7 @@ from mitune.denoiser.path import NoisePath
 from mitune.denoiser.pipeline import Scheduler
 from mitune.finetuning.dataset import TrainingSet
 from mitune.finetuning.objectives.base import Batch
+from mitune.seeds import seed_of
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,8 +51,7 @@ def draw(images: TrainingSet, path: NoisePath, shift: float, config: FinetuneCon
     `config.timesteps` is a share of the schedule: (0.5, 1) of 1000 steps is U(500, 1000) of MI-TUNE's Table 8. For
     flow it is a range of σ *before* the scheduler's shift, σ ← shift · σ / (1 + (shift − 1) σ), as in sampling.
     """
-    digest = hashlib.sha256(f"finetune\n{config.seed}\n{iteration}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    generator = torch.Generator().manual_seed(seed_of("finetune", config.seed, iteration))
     rows = torch.randint(len(images.latents), (config.batch_size,), generator=generator)
     low, high = config.timesteps
     if path.is_flow:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mitune.denoiser.conditioning import Passes
 from mitune.denoiser.opening.models import Model
-from mitune.denoiser.sampling import Batch, Dropping, Request, candidate_seed, generate_all
+from mitune.denoiser.sampling import Batch, Dropping, generate_all, requests_of
 from mitune.information import Trace
 
 
@@ -72,7 +72,7 @@ def sample(
     race, scores: as in `generate_all`. on_images: is called after each call of the pipeline, once what it completed has
     been taken, with the number of images made.
     """
-    requests = [Request(prompt=text, seed=candidate_seed(seed, text, j)) for text in prompts for j in range(count)]
+    requests = requests_of(prompts, count, seed)
     current = Sampled()
     for chunk, batch in generate_all(model, requests, batch_size, race, scores):
         for row, request in enumerate(chunk):
