@@ -1,6 +1,8 @@
 """Training of the embedded models: the targets against Bayes' rule, and a stopped training against a whole one."""
 
+import json
 import random
+from functools import partial
 
 import pytest
 import torch
@@ -9,10 +11,12 @@ from safetensors.torch import load_file
 
 from mitune.denoiser.opening.models import model_folder
 from mitune.worlds.shapes.grammar import forms
-from mitune.worlds.shapes.training.autoencoder import encode_world, training_prompts
-from mitune.worlds.shapes.training.phases import DenoiserConfig
+from mitune.worlds.shapes.training import train
+from mitune.worlds.shapes.training.autoencoder import AutoencoderConfig, encode_world, training_prompts
+from mitune.worlds.shapes.training.phases import PHASES, DenoiserConfig
 from mitune.worlds.shapes.training.train import export, miscaptioned, stable_targets, train_denoiser
 from mitune.worlds.shapes.world import MODELS
+from tests.test_cli_errors import invoke
 
 
 def test_every_prompt_has_wrong_captions_that_are_not_its_own():
@@ -54,9 +58,13 @@ def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     vae = AutoencoderKL.from_pretrained(model_folder("shapes-sd"), subfolder="vae")
     vae.save_pretrained(folder / "vae")
-    chosen = random.Random(0).sample(sorted(training_prompts(seed=1)), 12)
-    encode_world(folder, vae, dict.fromkeys(chosen, 1 / 12), scenes=3, seed=0)
+    encode_world(folder, vae, few_prompts(seed=1), scenes=3, seed=0)
     return folder
+
+
+def few_prompts(seed):
+    chosen = random.Random(0).sample(sorted(training_prompts(seed)), 12)
+    return dict.fromkeys(chosen, 1 / 12)
 
 
 @pytest.mark.slow
@@ -77,3 +85,24 @@ def test_a_stopped_training_ends_like_a_whole_one(world, tmp_path, name):
     export(world, name, tmp_path / name)
     expected = "StableDiffusion3Pipeline" if name == "shapes-sd3" else "StableDiffusionPipeline"
     assert type(DiffusionPipeline.from_pretrained(tmp_path / name)).__name__ == expected
+
+
+@pytest.mark.slow
+def test_the_command_trains_from_nothing_and_goes_on(tmp_path, monkeypatch):
+    """All of its stages, in two steps each; a second time it goes on at the end, and trains no further."""
+    monkeypatch.setitem(PHASES, "shapes-sd", (DenoiserConfig(steps=2, batch_size=4, warmup=1),))
+    monkeypatch.setattr(train, "AutoencoderConfig", partial(AutoencoderConfig, steps=2, batch_size=4))
+    monkeypatch.setattr(train, "training_prompts", few_prompts)
+    monkeypatch.setattr(train, "train_denoiser", partial(train_denoiser, curve_prompts=1))
+    command = "shapes", "train", tmp_path / "work", "-o", tmp_path / "models", "-m", "shapes-sd", "--scenes", 2
+    model = tmp_path / "models" / "shapes-sd"
+    contents = []
+    for _ in range(2):
+        status, shown = invoke(*command)
+        assert status == 0, shown
+        contents.append({file: file.read_bytes() for file in model.rglob("*") if file.is_file()})
+    assert contents[0] == contents[1]
+    (line,) = (model / "training.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(line)["step"] == 2
+    status, shown = invoke("generate", "a red circle", "-m", model, "-n", 1, "-o", tmp_path, "--set", "model.steps=4")
+    assert status == 0 and "self-confidence" in shown, shown
