@@ -3,16 +3,22 @@
 import pytest
 import torch
 
-from mitune.config.schema import PoolConfig
-from mitune.denoiser.opening.models import Model, prompted
+from mitune.bench import race, select
+from mitune.config.schema import Config, EvalConfig, ModelConfig, PoolConfig
+from mitune.denoiser.opening.models import Model, load_model, prompted
 from mitune.denoiser.probe import MIProbe
 from mitune.denoiser.reading import cut_texts
-from mitune.denoiser.sampling import Request, generate_all
 from mitune.errors import MituneError
+from mitune.evaluation.evaluate import evaluate
+from mitune.evaluation.variant import Variant
 from mitune.pool.build import build_pool
 from mitune.prompts.negatives import hard_negatives
 from mitune.prompts.rivals import NEGATIVES, read_whole
 from mitune.scoring import score
+from mitune.worlds.base import Listed
+from mitune.worlds.shapes.figure import save_grid
+from mitune.worlds.shapes.metric import ShapesMetric
+from mitune.worlds.shapes.prompts import prompt_list
 from tests.families import CASES
 from tests.tiny import PROMPTS, SD3_CALL, TOKENS, tiny_sd, tiny_sd3, tiny_sdxl
 
@@ -115,13 +121,30 @@ class TestPython:
             with pytest.raises(MituneError, match="^prompt 2: 25 tokens, but a call of this model reads 24"):
                 score(pipe, torch.randn(2, 4, 8, 8), [PROMPTS[0], self.LONG], draws=4, call=call)
 
-    def test_pool_and_images(self, tmp_path):
+    def test_pool(self, tmp_path):
         model = Model(tiny_sd(), {"num_inference_steps": 3, "guidance_scale": 3.0}, "tiny")
         with pytest.raises(MituneError, match="prompt 2: 25 tokens"):
             build_pool(model, [*PROMPTS[:1], self.LONG], tmp_path / "pool", PoolConfig(candidates=2))
         assert not (tmp_path / "pool").exists()
-        with pytest.raises(MituneError, match="prompt 1: 25 tokens"):
-            next(generate_all(model, [Request(prompt=self.LONG, seed=0)], 1))
+
+    def test_evaluation(self, sd_folder, tmp_path):
+        config = Config(model=ModelConfig(name=str(sd_folder), device="cpu", steps=2), eval=EvalConfig(images=1))
+        prompts = [Listed(PROMPTS[0]), Listed(self.LONG)]
+        with pytest.raises(MituneError, match="prompt 2: 25 tokens"):
+            evaluate(config, prompts, [Variant(name="base")], tmp_path / "eval", ShapesMetric())
+        assert not list((tmp_path / "eval").rglob("*.safetensors"))
+
+    def test_studies(self, sd_folder, tmp_path):
+        """The words of the shapes are unknown to this model, which reads them letter by letter."""
+        settings, prompts = ModelConfig(name=str(sd_folder), device="cpu"), prompt_list("color")[:2]
+        for study in (
+            lambda: select.run_study([settings], prompts, tmp_path / "select", select.SelectConfig()),
+            lambda: race.run_study(settings, prompts, tmp_path / "race", race.RaceConfig()),
+            lambda: save_grid(load_model(settings), tmp_path / "grid.png", images=1, seed=0),
+        ):
+            with pytest.raises(MituneError, match=r"^prompt \d: \d\d tokens, but a call of this model reads 24"):
+                study()
+        assert not [file for file in tmp_path.rglob("*") if file.suffix in (".safetensors", ".png")]
 
     def test_rivals_that_would_be_cut_are_left_out(self, tmp_path):
         """Of the hard negatives of a long prompt some are longer still, as they have unknown words."""

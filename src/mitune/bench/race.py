@@ -23,6 +23,7 @@ from mitune.denoiser.opening.identity import model_identity, settings_that_matte
 from mitune.denoiser.opening.models import Model, load_model
 from mitune.denoiser.pictures import decode
 from mitune.denoiser.probe import MIProbe
+from mitune.denoiser.reading import refuse_cut
 from mitune.denoiser.sampling import generate, requests_of
 from mitune.evaluation.metrics.base import judge
 from mitune.evaluation.rows import numbers
@@ -99,9 +100,13 @@ class Outcome:
 def run_study(
     settings: ModelConfig, prompts: Sequence[Listed], folder: Path, config: RaceConfig, progress: Step | None = None
 ) -> list[Run]:
-    """Each prompt's run; a killed study goes on with the prompts that have no record in `folder` yet."""
+    """Each prompt's run; a killed study goes on with the prompts that have no record in `folder` yet.
+
+    Raises MituneError for prompts that the model's call would cut.
+    """
     model = load_model(settings)
     texts = [listed.text for listed in prompts]
+    refuse_cut(model.pipe, texts, model.call)
     records, runs = Records(Folder(folder / "records")), []
     with sole_worker(folder):
         claim(folder, {"model": model_identity(settings), "prompts": texts} | settings_that_matter(config), "study")

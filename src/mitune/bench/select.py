@@ -21,6 +21,7 @@ from mitune.config.schema import ModelConfig
 from mitune.denoiser.opening.identity import model_identity, settings_that_matter
 from mitune.denoiser.opening.models import Model, load_model
 from mitune.denoiser.pictures import decode
+from mitune.denoiser.reading import refuse_cut
 from mitune.denoiser.sampling import generate_all, requests_of
 from mitune.errors import MituneError
 from mitune.evaluation.metrics.base import FAILURES, MALFORMED, ImageMetric, judge
@@ -66,8 +67,8 @@ def run_study(
     """Fills `folder` with records for each of the models, given with their guidance scales; returns the table.
 
     The table has one row a candidate: where it is from, the judge's verdict, "score.<name>" and "calls.<name>" (extra
-    denoiser calls a candidate) of every score. Raises MituneError for a prompt that no world judges and for a
-    folder of other settings or of another process.
+    denoiser calls a candidate) of every score. Raises MituneError for a prompt that no world judges or that
+    a model's call would cut, and for a folder of other settings or of another process.
     """
     texts = [listed.text for listed in prompts]
     metrics = {text: judge_of(text) for text in texts}
@@ -76,6 +77,7 @@ def run_study(
     with sole_worker(folder):
         for index, settings in enumerate(models):
             model = load_model(settings)
+            refuse_cut(model.pipe, texts, model.call)
             scale = model.guidance_scale
             part = folder / f"{Path(settings.name).name}-{scale:g}"
             inputs = {"prompts": texts, "rivals": rivals, "log_snr": LOG_SNR_RANGE}

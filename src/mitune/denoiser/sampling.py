@@ -22,7 +22,6 @@ from mitune.denoiser.opening.calls import calling
 from mitune.denoiser.opening.models import Model, prompted
 from mitune.denoiser.probe import MIProbe
 from mitune.denoiser.quiet import quiet_pipelines
-from mitune.denoiser.reading import refuse_cut
 from mitune.information import SCORES, Trace
 from mitune.seeds import seed_of
 
@@ -121,11 +120,10 @@ def generate_all(
 ) -> Iterator[tuple[Sequence[Request], Batch]]:
     """Runs of requests with what came of them, in order. Out of memory halves the batch from there on.
 
-    With a race, the requests are all candidates of one prompt, then all of another, and so on. Raises MituneError at
-    once for prompts that a call of the model would cut, and at the first denoising step if one of these on-line
-    `scores` has no value at the steps of such a run.
+    With a race, the requests are all candidates of one prompt, then all of another, and so on. The prompts are known
+    to be read whole (`refuse_cut`). Raises MituneError at the first denoising step if one of these on-line `scores`
+    has no value at the steps of such a run.
     """
-    refuse_cut(model.pipe, list(dict.fromkeys(request.prompt for request in requests)), model.call)
 
     def on_step(probe: MIProbe) -> None:
         if probe.steps == 1:

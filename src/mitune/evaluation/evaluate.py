@@ -36,8 +36,8 @@ def evaluate(
 
     The same call goes on where it was stopped, prompt by prompt; with another metric it judges the same images.
     `shard`, `executor`, `store`: as in `build_pool`; None is returned while images of other shards are missing. Raises
-    MituneError for a folder of other settings or of another process, for a model that makes nothing but NaN, and for a
-    metric without bounds.
+    MituneError for prompts that the model's call would cut, for a folder of other settings or of another process, for
+    a model that makes nothing but NaN, and for a metric without bounds.
     """
     require_bounds(metric)
     variants = list(variants)

@@ -22,6 +22,7 @@ from mitune.denoiser.opening.adapter_file import adapter_checksum
 from mitune.denoiser.opening.identity import model_identity, settings_that_matter
 from mitune.denoiser.opening.models import Model, guidance_name, load_model
 from mitune.denoiser.pictures import check_pictures
+from mitune.denoiser.reading import refuse_cut
 from mitune.errors import MituneError
 from mitune.evaluation.variant import Variant
 from mitune.information import SCORES
@@ -50,7 +51,8 @@ def make_images(
     """Makes `config.eval.images` images a prompt of every variant; returns whether all are there.
 
     `shard`, `executor`, `store`: as in `build_pool`; a variant's images are made again once its adapter is another.
-    Raises MituneError for a folder of other settings or of another process.
+    Raises MituneError for prompts that the model's call would cut, and for a folder of other settings or of another
+    process.
     """
     if not variants:
         raise MituneError("There is nothing to evaluate; name at least one variant.")
@@ -103,6 +105,7 @@ class ImageMaker:
     @cached_property
     def _model(self) -> Model:
         model = load_model(self.config.model, adapter=self.variant.adapter)
+        refuse_cut(model.pipe, self.prompts, model.call)
         check_pictures(model)  # now rather than when all images are there to be judged
         if self.variant.guidance_scale is None:
             return model

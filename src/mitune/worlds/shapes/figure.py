@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from mitune.denoiser.opening.models import Model
 from mitune.denoiser.pictures import decode
+from mitune.denoiser.reading import refuse_cut
 from mitune.denoiser.sampling import generate_all, requests_of
 from mitune.evaluation.metrics.base import Judgment
 from mitune.run.store import write_figure
@@ -21,8 +22,12 @@ RIGHT, WRONG, MALFORMED = "#2f9e44", "#e03131", "#868e96"
 
 
 def save_grid(model: Model, file: Path, *, images: int, seed: int) -> None:
-    """One held-out prompt a category, `images` samples each; frames: green (right), red (wrong), grey (malformed)."""
+    """One held-out prompt a category, `images` samples each; frames: green (right), red (wrong), grey (malformed).
+
+    Raises MituneError for a model whose call would cut these prompts.
+    """
     prompts = [next(p.text for p in prompt_list(category) if p.split == "unseen") for category in CATEGORIES]
+    refuse_cut(model.pipe, prompts, model.call)
     requests = requests_of(prompts, images, seed)
     pictures, judged = [], []
     for chunk, batch in generate_all(model, requests, min(64, len(requests))):
