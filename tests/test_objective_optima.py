@@ -29,7 +29,7 @@ from mitune.finetuning.run import finetune
 from mitune.run.store import write_bytes, write_tensors
 from mitune.worlds.shapes.prompts import prompt_list
 from tests.sets import write_set
-from tests.test_objectives import batch_of, config_of, disturb, forms, opened
+from tests.test_objectives import adapters, batch_of, config_of, disturb, forms, opened
 from tests.tiny import saved_pipeline
 
 ADVANTAGES = [1.0, 0.5, 0.0, 0.0, -1.0, -0.5]  # of three images of each of two prompts
@@ -180,6 +180,19 @@ def test_equal_images_change_nothing(adapter, merged, world):
         signs = torch.tensor([1.0, 1.0, -1.0, -1.0])
         _, expected = gradients(Denoising(), replace(batch, weights=signs), network)
         assert all(torch.allclose(one, other, atol=1e-5 * size) for one, other in zip(apart, expected, strict=True))
+
+
+@adapters
+def test_gradient_is_the_same_in_both_forms_of_the_layers(adapter, text, world):
+    network, batch, _ = opened(world, "sd", config_of(adapter=adapter, text_encoder=text))
+    disturb(network)
+    batch = replace(batch, advantages=torch.tensor([1.0, 0.5, -1.0, -0.5]))
+    plain, plain_gradients = gradients(Advantage(), batch, network)
+    with fast_layers(network, merged=True, compiled=False):
+        merged, merged_gradients = gradients(Advantage(), batch, network)
+    torch.testing.assert_close(merged, plain, rtol=1e-4, atol=1e-6)
+    for given, expected in zip(merged_gradients, plain_gradients, strict=True):
+        torch.testing.assert_close(given, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
 
 
 @forms
