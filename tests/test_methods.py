@@ -134,6 +134,7 @@ def test_rounds_with_a_ranked_objective_of_a_users_own(here):
     judged = pq.read_table(here / "run" / "eval" / "images.parquet")["variant"].to_pylist()
     names = ["base", "self-confidence", "self-confidence, round 1", "self-confidence, round 2"]
     assert list(dict.fromkeys(judged)) == names
+    assert "Over the rounds" in (here / "run" / "report.html").read_text(encoding="utf-8")
 
 
 def test_every_prompt_has_its_turn():

@@ -18,6 +18,7 @@ from mitune.report import plots
 from mitune.report.files import read_config, read_json, read_table, rounds, setting
 from mitune.report.pictures import before_after
 from mitune.report.pools import round_of
+from mitune.report.progress import progress
 from mitune.report.training import COSTS, cost
 from mitune.report.verdict import BASELINE, Context, forest_of, headline_of, levels, metric_table
 from mitune.report.words import percent
@@ -64,6 +65,7 @@ def context(run: Path) -> Context:
         "forest": forest_of(comparisons, colors),
         "failures": [f for f in failures(images) if f.category == POOLED] if images is not None else [],
         "cards": before_after(run / "eval", images, [BASELINE, *tuned[:1]]) if images is not None else [],
+        "progress": progress(rounds(run), rules, comparisons, colors),
         "rounds": [round_of(folder, config, rules, colors) for folder in rounds(run)],
         "cost": cost(read_json(run / "cost.json", COSTS)),
         "percent": percent,
@@ -94,6 +96,8 @@ def _settings(config: Mapping[str, Any]) -> list[tuple[str, str]]:
         "kept of them, k": "pool.keep",
         "selected by": "pool.select",
         "rounds, R": "rounds",
+        "prompts a round": "round_prompts",
+        "objective": "finetune.objective",
         "adapter": "finetune.adapter",
         "rank": "finetune.rank",
         "learning rate": "finetune.learning_rate",

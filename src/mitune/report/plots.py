@@ -124,6 +124,21 @@ def curves(lines: Sequence[Curve], name: str, label: str) -> str:
         return _svg(figure, label)
 
 
+def by_round(lines: Sequence[Curve], name: str, label: str) -> str:
+    """A quantity after each round of training."""
+    with mpl.rc_context(_STYLE):
+        figure, axes = _figure(2.75, 1.9)
+        for line in lines:
+            axes.plot(line.x, line.y, "o-", color=_PLACEHOLDER[line.color], markersize=3, linewidth=1.4)
+        axes.grid(axis="y")
+        axes.spines["left"].set_visible(False)
+        axes.locator_params(axis="y", nbins=5)
+        axes.locator_params(axis="x", nbins=6, integer=True)
+        axes.set_xlabel("rounds of training done")
+        axes.set_title(name, fontsize="small", loc="left")
+        return _svg(figure, label)
+
+
 def _running_mean(values: Array, width: int) -> Array:
     """Mean over the `width` values on either side and the value itself; fewer at the ends and where some are NaN."""
     kernel, finite = np.ones(2 * width + 1), np.isfinite(values)
