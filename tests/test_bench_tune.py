@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mitune.bench.tune import gains, markdown
+from mitune.bench.tune_tables import gains, markdown
 from mitune.cli import app
 from mitune.denoiser.opening.adapter_file import adapter_checksum
 from tests.test_statistics import cells
@@ -27,6 +27,8 @@ def table(**right):
                             "prompt": f"prompt {prompt}", "category": "color", "split": "seen", "image": image,
                             "seed": 2 * seed + image, "exact": prompt < count, "graded": 1.0, "malformed": False,
                             "drawn": "a scene" if variant == "oracle" else f"scene {image}",
+                            "way": "", "selection": "" if variant == "base" else variant,
+                            "rounds": int(variant != "base"), "calls": 1000.0,
                             "information": 8.0 if variant == "oracle" else 2.0, "picked_right": 0.25 * (1 + seed),
                         }
                     )  # fmt: skip
@@ -50,7 +52,7 @@ def test_without_a_clear_gain_of_the_oracle_there_is_no_share_of_it():
     *_, score, oracle = gains(table(base=(5, 5), score=(6, 6), oracle=(5, 5)))
     assert math.isnan(score.of_oracle)
     rows = cells(markdown(table(base=(5, 5), score=(6, 6), oracle=(5, 5))).split("\n\n")[0])
-    assert [row[7] for row in rows[2:]] == ["–"] * 3
+    assert [row[10] for row in rows[2:]] == ["–"] * 3
 
 
 def test_there_is_no_share_of_the_gain_for_a_loss():
@@ -84,7 +86,7 @@ def test_command_runs_and_goes_on(tmp_path):
     assert set(rows["variant"].to_pylist()) == {
         "base", "self-confidence", "random", "self-confidence, 2 rounds", "random, 2 rounds"
     }  # fmt: skip
-    run = tmp_path / "run" / "shapes-sd-0"
+    run = tmp_path / "run" / "shapes-sd-0" / "shapes-study"
     made = {json.loads(f.read_text())["model"]["adapter"] for f in run.glob("round-2/pool-*/settings.json")}
     assert made == {adapter_checksum(run / "round-1" / "adapters" / slug) for slug in ("self-confidence", "random")}
     assert "Round 2, random: candidates" in (run / "report.html").read_text(encoding="utf-8")

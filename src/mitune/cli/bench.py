@@ -212,6 +212,12 @@ def bench_select(
 def bench_tune(
     context: typer.Context,
     model: Annotated[list[str] | None, Option("--model", "-m", help="An embedded model. Repeatable.")] = None,
+    preset: Annotated[
+        list[str] | None, Option("--preset", help="Way of fine-tuning, shapes-study unless named. Repeatable.")
+    ] = None,
+    objective: Annotated[
+        list[str] | None, Option(help="Objective in place of the preset's; each is a way of its own. Repeatable.")
+    ] = None,
     select: Selection = None,
     guidance_scale: Annotated[
         list[float] | None, Option(help="Further guidance scales to judge base and adapters at. Repeatable.")
@@ -221,20 +227,35 @@ def bench_tune(
     run: RunFolder = Path("runs/bench-tune"),
     output: Annotated[Path, Option("--output", "-o", help="Markdown.")] = Path("gains.md"),
 ) -> None:
-    """What does fine-tuning gain? The preset shapes-study with each score's picks, judged on held-out prompts.
+    """What does fine-tuning gain? Presets × objectives × scores, after each round, judged on held-out prompts.
 
-    Example:  mitune bench tune -m shapes-sd -s contrast -s mi-tune -s random -s oracle --seeds 3 -o gains.md
+    Examples:
+
+    mitune bench tune -m shapes-sd -s contrast -s mi-tune -s random -s oracle --seeds 3 -o gains.md
+
+    mitune bench tune --preset shapes-study --preset shapes-rounds -s contrast -s oracle --guidance-scale 6
+
+    mitune bench tune --preset shapes-rounds --objective advantage --objective dpo --objective weighted
     """
     import pyarrow.parquet as pq
 
     from mitune.bench.pages import page
-    from mitune.bench.tune import markdown, picks, run_study
+    from mitune.bench.tune import run_study
+    from mitune.bench.tune_tables import markdown, picks
     from mitune.run.store import write_bytes
 
-    names = model or ["shapes-sd"]
-    configs = [settings_of("shapes-study", None, assignments, {"model.name": m, "pool.select": select}) for m in names]
-    table = run_study(configs, run, seeds=seeds, guidance_scales=guidance_scale or (), stages=stage)
-    gains, picked = markdown(pq.read_table(table)), picks(configs, run, seeds=seeds)
+    models = [
+        {
+            " ".join(filter(None, (way if len(preset or ()) > 1 or not objective else "", aim))): settings_of(
+                way, None, assignments, {"model.name": name, "pool.select": select, "finetune.objective": aim}
+            )
+            for way in preset or ["shapes-study"]
+            for aim in objective or [None]
+        }
+        for name in model or ["shapes-sd"]
+    ]
+    table = run_study(models, run, seeds=seeds, guidance_scales=guidance_scale or (), stages=stage)
+    gains, picked = markdown(pq.read_table(table)), picks(models, run, seeds=seeds)
     write_bytes(output, page("tune", command=made_by(context), gains=gains, picks=picked).encode())
     say("Tables", output)
 
