@@ -6,6 +6,7 @@
 import functools
 import inspect
 import json
+from dataclasses import replace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -33,6 +34,7 @@ from mitune.finetuning.objectives.denoising import Denoising
 from mitune.finetuning.run import finetune
 from mitune.information import get_score
 from mitune.pool.build import build_pool
+from mitune.run.seals import SEAL
 from mitune.scoring import score
 from tests.families import CASES, PICTURE, PROMPTS, TEXT, flux
 from tests.tiny import tiny_sd3
@@ -256,6 +258,19 @@ def test_training(case, tmp_path):
     card = (done.adapter / "README.md").read_text()
     assert ("pipe.load_lora_weights(" in card) == hasattr(model.pipe, "load_lora_weights")
     assert ("PeftModel.from_pretrained(" in card) != hasattr(model.pipe, "load_lora_weights")
+    further = replace(settings, objective="advantage")
+    rank(pool.sets["contrast"], [1.0, -1.0])
+    done = finetune(config, pool.sets["contrast"], tmp_path / "further", further, start_from=done.adapter)
+    row = json.loads((done.adapter / "training.jsonl").read_text())
+    assert losses[1] == pytest.approx(row["loss"], rel=1e-4)  # ‖f₀ − y*‖² = A² ‖f₀ − u‖², f₀ with the adapter
+
+
+def rank(dataset, advantages):
+    """Makes a set a ranked one, as a user may."""
+    rows = [json.loads(line) for line in (dataset / "metadata.jsonl").read_text().splitlines()]
+    rows = [row | {"advantage": advantage} for row, advantage in zip(rows, advantages, strict=True)]
+    (dataset / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (dataset / SEAL).unlink()
 
 
 def load_by_hand(pipe, adapter):
