@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from mitune.bench.tune import choices_of
 from mitune.bench.tune_tables import gains, markdown
 from mitune.cli import app
 from mitune.denoiser.opening.adapter_file import adapter_checksum
@@ -109,3 +110,10 @@ def test_command_runs_and_goes_on(tmp_path):
     assert row[2] == shown and row[3].startswith(f"{shown} [")  # its one category, and all
     app(command, standalone_mode=False)
     assert (tmp_path / "gains.md").read_text(encoding="utf-8") == written
+
+
+def test_ways_are_presets_times_objectives():
+    assert choices_of(["a", "b"], []) == {"a": ("a", {}), "b": ("b", {})}
+    one = choices_of(["a"], ["dpo", "mine:Half"])
+    assert one == {aim: ("a", {"finetune.objective": aim}) for aim in ("dpo", "mine:Half")}
+    assert list(choices_of(["a", "b"], ["dpo"])) == ["a dpo", "b dpo"]

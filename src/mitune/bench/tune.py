@@ -36,6 +36,17 @@ from mitune.tuning import tune
 Ways = Mapping[str, Config]  # of one model, by name
 
 
+def choices_of(presets: Sequence[str], objectives: Sequence[str]) -> dict[str, tuple[str, dict[str, str]]]:
+    """The preset and the further options of each way, by its name: each preset with each objective, or with its own."""
+    if not objectives:
+        return {preset: (preset, {}) for preset in presets}
+    return {
+        objective if len(presets) == 1 else f"{preset} {objective}": (preset, {"finetune.objective": objective})
+        for preset in presets
+        for objective in objectives
+    }
+
+
 @dataclass(frozen=True, slots=True)
 class Tuned:
     """What a selection came to after a round of a way."""

@@ -52,7 +52,7 @@ def gains(rows: pa.Table) -> list[Gain]:
         exact, base = of_prompts[model, scale, variant], of_prompts[model, scale, BASE]
         bases = {key: share for key, share in of_prompts.items() if key[0] == model and key[2] == BASE}
         best = max(bases, key=lambda key: np.mean(bases[key]))
-        oracle = of_prompts.get((model, scale, _oracle_of(part, rows)), base)
+        oracle = of_prompts[model, scale, _oracle_of(part, rows)]
         columns = np.stack([exact, exact - base, exact - bases[best]], axis=1)
         level, over_base, over_best = bootstrap(columns, low=-1, high=1)
         is_base, gained = variant == BASE, over_base.value > 0
@@ -80,12 +80,12 @@ def gains(rows: pa.Table) -> list[Gain]:
     return listed
 
 
-def _oracle_of(part: pa.Table, rows: pa.Table) -> str | None:
-    """The variant that went the same way, for as many rounds, by the judge's score."""
+def _oracle_of(part: pa.Table, rows: pa.Table) -> str:
+    """The variant that went the same way, for as many rounds, by the judge's score; the base if there is none."""
     way, rounds = part["way"][0], part["rounds"][0]
     same = pc.and_(pc.equal(rows["way"], way), pc.equal(rows["rounds"], rounds))
     names = rows.filter(pc.and_(same, pc.equal(rows["selection"], ORACLE)))["variant"].to_pylist()
-    return names[0] if names else None
+    return str(names[0]) if names else BASE
 
 
 def _difference(part: pa.Table, base: pa.Table, split: str) -> float:

@@ -240,17 +240,15 @@ def bench_tune(
     import pyarrow.parquet as pq
 
     from mitune.bench.pages import page
-    from mitune.bench.tune import run_study
+    from mitune.bench.tune import choices_of, run_study
     from mitune.bench.tune_tables import markdown, picks
     from mitune.run.store import write_bytes
 
+    choices = choices_of(preset or ["shapes-study"], objective or [])
     models = [
         {
-            " ".join(filter(None, (way if len(preset or ()) > 1 or not objective else "", aim))): settings_of(
-                way, None, assignments, {"model.name": name, "pool.select": select, "finetune.objective": aim}
-            )
-            for way in preset or ["shapes-study"]
-            for aim in objective or [None]
+            way: settings_of(chosen, None, assignments, {"model.name": name, "pool.select": select} | options)
+            for way, (chosen, options) in choices.items()
         }
         for name in model or ["shapes-sd"]
     ]
