@@ -29,6 +29,15 @@ class Lazy:
     def map(self, task, items):
         task(items[:1])
         yield items[0]
+
+class Deaf:
+    def map(self, items):
+        pass
+
+class Keyless:
+    def __init__(self, folder):
+        pass
+    create = read = list = set_aside = lambda self, key: None
 """
 TINY = ["--set", "model.steps=2", "--set", "pool.batch_size=4", "--device", "cpu"]
 OTHERWISE = ["--executor", "mine:Backwards", "--store", "mine:OneFile"]
@@ -146,6 +155,8 @@ def test_an_evaluation_takes_both(here):
         ("--executor", "mine:Forwards", "has no Forwards (did you mean Backwards?)"),
         ("--executor", "mine:MINE", "has no MINE"),
         ("--executor", "mine:sqlite3", "lacks map"),
+        ("--executor", "mine:Deaf", "which is called with (task, items); let it take these."),
+        ("--store", "mine:Keyless", "which is called with (key, content); let it take these."),
         ("--store", "folders", "Unknown store 'folders' (did you mean folder?)"),
         ("--store", "mine:Lazy", "cannot be made (TypeError: Lazy() takes no arguments)"),
         ("--store", "absent:Store", "needs the module absent"),

@@ -41,6 +41,10 @@ class Doubled(Nothing):
     def prepare(self, config, prompts, run):
         return [Variant(name="Base")]
 
+class Narrow(Nothing):
+    def prepare(self, config, prompts):
+        return []
+
 class Unprepared:
     def check(self, config, prompts, base):
         pass
@@ -95,6 +99,7 @@ def test_method_of_the_docs(here):
     [
         ("mine:Unwilling", "2 prompts are too few for shapes-sd; give more."),
         ("mine:Unprepared", "lacks prepare"),
+        ("mine:Narrow", "which is called with (config, prompts, run); let it take these."),
         ("mi-tuned", "Unknown method 'mi-tuned' (did you mean mi-tune?)"),
     ],
 )

@@ -256,6 +256,10 @@ class Mean(Half):
     def __call__(self, batch, network):
         return super().__call__(batch, network).mean()
 
+class Narrow(Half):
+    def __call__(self, batch):
+        return batch.weights
+
 class Frozen(Half):
     def __call__(self, batch, network):
         return network.reference(batch).flatten(1).mean(dim=1)
@@ -298,6 +302,7 @@ def test_objective_of_a_users_own_file(kind, world, here):
     [
         ("mine:Mean", "returned losses of shape () for a batch of 4 images; return one for each"),
         ("mine:Frozen", "have no gradient; let them depend on network(batch)"),
+        ("mine:Narrow", "which is called with (batch, network); let it take these."),
         ("mine:Hal", "has no Hal (did you mean Half?)"),
         ("denoise", "Unknown objective 'denoise' (did you mean denoising?)"),
     ],

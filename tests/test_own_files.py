@@ -37,6 +37,14 @@ class Short(Brightness):
     def __call__(self, images, prompts):
         return []
 
+class Narrow(Brightness):
+    def __call__(self, images):
+        return []
+
+class Unasked(Brightness):
+    def check(self):
+        pass
+
 def no_metric(images, prompts):
     return []
 """
@@ -113,6 +121,9 @@ def test_where_lower_is_better_a_verdict_says_so(run):
         ("own_metric:Endless", "The metric brightness has no bounds"),
         ("own_metric:Wild", "within its bounds (0 to 1)"),
         ("own_metric:Short", "gave 0 judgments of 2 images"),
+        ("own_metric:Narrow", "has Narrow.__call__(images) ("),
+        ("own_metric:Narrow", "own_metric.py:25), which is called with (images, prompts); let it take these."),
+        ("own_metric:Unasked", "has Unasked.check() ("),
         ("own_metric:no_metric", "lacks bounds, higher_is_better, name; add what mitune.evaluation.metrics.base"),
         ("own_metrics:Brightness", "needs the module own_metrics"),
         ("shape", "Unknown metric 'shape' (did you mean shapes?)"),

@@ -16,6 +16,10 @@ class Shape(Protocol):
     def area(self) -> float: ...
 
 
+class Scaled(Protocol):
+    def scale(self, factor: float, origin: float) -> None: ...
+
+
 @dataclass(frozen=True)
 class Square:
     side: float = 1.0
@@ -33,6 +37,7 @@ SHAPES: Table[Shape] = Table(
         "lazy-square": Row("imported when it is needed", "tests.test_resolver:Square"),
         "absent": Row("never imported", "no.such.module:Thing"),
     },
+    may_fit=(Scaled,),
 )
 MINE = """
 class Triangle:
@@ -45,6 +50,15 @@ class Sized(Triangle):
 class shapes:
     triangle = Triangle()
 number = 3
+class Unknown(Triangle):
+    def area(self, unit): return 0.5
+class Fixed(Triangle):
+    area = 0.5
+class Mirrored(Triangle):
+    @staticmethod
+    def scale(factor): return None
+class Growing(Triangle):
+    def scale(self, factor, *_, reason="none"): return None
 """
 
 
@@ -89,6 +103,9 @@ def test_a_file_of_ones_own_hides_no_library(folder):
         ("my_import:Triangle", r"my_import \(ModuleNotFoundError: No module named 'nothing_of_that_name'\)"),
         ("my_shapes:Triangel", r"/my_shapes\.py has no Triangel \(did you mean Triangle .*\?\); define it there"),
         ("my_shapes:Line", r"The shape my_shapes:Line lacks area; add what tests\.test_resolver\.Shape asks for"),
+        ("my_shapes:Unknown", r"has Unknown\.area\(unit\) \(/.*/my_shapes\.py:13\), which is called with \(\); let it"),
+        ("my_shapes:Fixed", r"has area = 0\.5, which is called with \(\); let it take these"),
+        ("my_shapes:Mirrored", r"has Mirrored\.scale\(factor\) \(.*\), which is called with \(factor, origin\); let"),
         ("my_shapes:number", "The shape my_shapes:number lacks area, corners; "),
         ("my_shapes:Sized", r"my_shapes:Sized cannot be made \(TypeError: .*'size'\); its class is called with no arg"),
     ],
@@ -97,6 +114,11 @@ def test_mistakes_are_one_sentence(name, sentence):
     with pytest.raises(MituneError, match=sentence) as caught:
         SHAPES.resolve(name)
     assert "\n" not in str(caught.value) and str(caught.value).endswith(".")
+
+
+def test_what_takes_the_arguments_fits_whatever_they_are_called():
+    assert SHAPES.resolve("my_shapes:Growing").area() == 0.5
+    assert SHAPES.fitting("a square", Square(2.0)).area() == 4
 
 
 def test_a_class_in_place_of_a_protocol():

@@ -94,6 +94,9 @@ def test_a_tie_changes_no_stored_value(model, tmp_path, monkeypatch):
 
 
 MINE = """
+def pair(one, other):
+    return one
+
 def sharp(candidates):
     return candidates.latents.flatten(1).std(dim=1)
 def rival(candidates):
@@ -144,6 +147,12 @@ class Darkness:
 
     def __call__(self, images, _prompts):
         return [Judgment(graded=float(np.asarray(image).mean())) for image in images]
+
+
+@pytest.mark.usefixtures("mine")
+def test_a_score_that_takes_other_arguments_is_refused():
+    with pytest.raises(MituneError, match=r"has pair\(one, other\) \(/.*my_scores.py:2\), which is called with \(ca"):
+        score_named("my_scores:pair")
 
 
 @pytest.mark.usefixtures("mine")

@@ -33,11 +33,12 @@ class Row(Generic[T]):
 
 @dataclass(frozen=True, slots=True)
 class Table(Generic[T]):
-    """Everything of one kind that has a short name. `fits` is the Protocol or the class that each must fit."""
+    """Everything of one kind that has a short name."""
 
     kind: str  # as it stands in a sentence, e.g. "metric"
-    fits: type[object]
+    fits: type[object]  # the Protocol or the class that each must fit
     rows: Mapping[str, Row[T]]
+    may_fit: tuple[type[object], ...] = ()  # Protocols of what an object may have beside
 
     def resolve(self, name: str, *arguments: object) -> T:
         """What `name` stands for; if that is a class, its instance made of `arguments`.
@@ -45,6 +46,10 @@ class Table(Generic[T]):
         Raises MituneError for an unknown name, a module that cannot be imported or lacks the attribute, and an object
         that does not fit.
         """
+        return self.fitting(name, self.find(name, *arguments))
+
+    def find(self, name: str, *arguments: object) -> object:
+        """As `resolve`, whether or not the object fits."""
         row = self.rows.get(name)
         if row is None and not is_location(name):
             raise MituneError(
@@ -55,7 +60,13 @@ class Table(Generic[T]):
         value = _import(self.kind, target) if isinstance(target, str) else target
         if inspect.isclass(value):
             value = _instance(self.kind, name, value, arguments)
+        return value
+
+    def fitting(self, name: str, value: object) -> T:
+        """The object. Raises MituneError if it lacks something, or takes other arguments than it is called with."""
         _require_fit(self.kind, name, value, self.fits)
+        for protocol in filter(is_protocol, (self.fits, *self.may_fit)):
+            _require_calls(self.kind, name, value, protocol)
         return cast(T, value)
 
     def summaries(self) -> dict[str, str]:
@@ -113,6 +124,34 @@ def _require_fit(kind: str, name: str, value: object, fits: type[object]) -> Non
             raise MituneError(f"The {kind} {name} is of the type {type(value).__name__}; it must be a {_place(fits)}.")
     elif missing := sorted(member for member in get_protocol_members(fits) if not _has(value, member)):
         raise MituneError(f"The {kind} {name} lacks {', '.join(missing)}; add what {_place(fits)} asks for.")
+
+
+def _require_calls(kind: str, name: str, value: object, fits: type[object]) -> None:
+    """Raises MituneError for a method that does not take what that of the Protocol is called with."""
+    for member in sorted(get_protocol_members(fits)):
+        method = inspect.getattr_static(fits, member, None)
+        if not (inspect.isfunction(method) and _has(value, member)):
+            continue
+        _self, *arguments = inspect.signature(method).parameters
+        called: Any = value if member == "__call__" else getattr(value, member)
+        try:
+            inspect.signature(called).bind(*arguments)
+        except ValueError:  # of a builtin, which does not say
+            continue
+        except TypeError as error:
+            raise MituneError(
+                f"The {kind} {name} has {_definition(called, member)}, which is called with ({', '.join(arguments)}); "
+                "let it take these."
+            ) from error
+
+
+def _definition(called: Any, member: str) -> str:
+    """A function with its parameters, and the line that it stands in; or what stands in a function's place."""
+    if not callable(called):
+        return f"{member} = {called!r}"
+    function = inspect.unwrap(called if inspect.isroutine(called) else called.__call__)
+    place = f" ({code.co_filename}:{code.co_firstlineno})" if (code := getattr(function, "__code__", None)) else ""
+    return f"{function.__qualname__}({', '.join(inspect.signature(called).parameters)}){place}"
 
 
 def _has(value: object, member: str) -> bool:

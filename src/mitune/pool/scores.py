@@ -188,9 +188,10 @@ def score_named(name: str) -> PoolScore:
     """
     if name in METRICS.rows:
         return of_metric(name, METRICS.resolve(name))
-    function = TABLE.resolve(name)
-    if hasattr(function, "higher_is_better"):
-        return of_metric(name, METRICS.resolve(name))
+    value = TABLE.find(name)
+    if hasattr(value, "higher_is_better"):
+        return of_metric(name, METRICS.fitting(name, value))
+    function = TABLE.fitting(name, value)
     return function if isinstance(function, PoolScore) else PoolScore(name=name, function=function, rivals=KINDS)
 
 

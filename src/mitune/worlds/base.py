@@ -90,6 +90,7 @@ WORLDS: Table[World] = Table(
     "world",
     World,
     {"shapes": Row("colored shapes with an exact judge, and two small models", "mitune.worlds.shapes.world:WORLD")},
+    may_fit=(WorldOfScenes,),
 )
 
 

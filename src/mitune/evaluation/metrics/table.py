@@ -12,6 +12,7 @@ METRICS: Table[ImageMetric] = Table(
     "metric",
     ImageMetric,
     {name: Row(f"the judge of the world: {row.summary}", f"{row.target}.metric") for name, row in WORLDS.rows.items()},
+    may_fit=(ChoosyMetric,),
 )
 
 
@@ -27,7 +28,7 @@ def metric_for(name: str | None, *, source: str, model: str, prompts: Sequence[s
         world = named[0] if named is not None else world_of_model(model)
         if world is None:
             return None
-        metric = world.metric
+        metric = METRICS.fitting(f"of {source if named is not None else model}", world.metric)
     if isinstance(metric, ChoosyMetric):
         metric.check(prompts)
     return metric
