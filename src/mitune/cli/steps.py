@@ -202,4 +202,4 @@ def merge(
     config = settings_of(preset, config_file, assignments, {"model.name": model}) if is_named else None
     result = merge_adapters(summands, output, rank=rank, model=config.model if config else None)
     say("Adapter, for pipe.load_lora_weights", result.adapter)
-    console.print(str(result), markup=False)
+    console.print(str(result), markup=False, soft_wrap=True)
