@@ -55,12 +55,12 @@ def test_other_packages_touch_no_pipeline():
 
 @pytest.mark.parametrize("family", CASES)
 def test_pipelines_have_what_is_listed(family):
-    """Whatever `Pipeline`, `Scheduler` and `Network` name, the real classes have."""
+    """Whatever `Pipeline`, `Scheduler` and `DenoiserModule` name, the real classes have."""
     pipe = CASES[family].make()
     denoiser = getattr(pipe, "unet", None) or pipe.transformer
     for kind, thing in (
         (pipeline.Pipeline, pipe),
         (pipeline.Scheduler, pipe.scheduler),
-        (pipeline.Network, denoiser),
+        (pipeline.DenoiserModule, denoiser),
     ):
         assert [name for name in members(kind) if not hasattr(thing, name)] == []

@@ -13,12 +13,11 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.special import digamma, gammaln, ndtr, ndtri
 
 from mitune.errors import MituneError
+from mitune.evaluation.statistics import Array
 
-Array = NDArray[np.float64]
 Pair = tuple[Array, Array]
 
 

@@ -72,7 +72,7 @@ class RaceConfig:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Run:
+class Unraced:
     """A prompt's candidates, run to the end."""
 
     exact: Array  # (M,) the judge's verdict
@@ -99,7 +99,7 @@ class Outcome:
 
 def run_study(
     settings: ModelConfig, prompts: Sequence[Listed], folder: Path, config: RaceConfig, progress: Step | None = None
-) -> list[Run]:
+) -> list[Unraced]:
     """Each prompt's run; a killed study goes on with the prompts that have no record in `folder` yet.
 
     Raises MituneError for prompts that the model's call would cut.
@@ -118,7 +118,7 @@ def run_study(
             else:
                 rows = record[0]
             scores = {name: np.array(rows[name].to_pylist()) for name in SCORES}
-            runs.append(Run(numbers(rows, "exact"), scores, numbers(rows, NAME)))
+            runs.append(Unraced(numbers(rows, "exact"), scores, numbers(rows, NAME)))
             if progress:
                 progress(index + 1, len(texts))
     return runs
@@ -158,7 +158,7 @@ def replay(scores: Array, rungs: Rungs) -> tuple[list[int], int]:
     return left, calls
 
 
-def outcome_of(runs: Sequence[Run], model: str, score: str, schedule: str) -> Outcome:
+def outcome_of(runs: Sequence[Unraced], model: str, score: str, schedule: str) -> Outcome:
     """Replays one schedule by one score on each of the runs."""
     rows, calls, most = [], 0, 0
     for run in runs:
@@ -181,7 +181,7 @@ def outcome_of(runs: Sequence[Run], model: str, score: str, schedule: str) -> Ou
     )  # fmt: skip
 
 
-def _pick(run: Run, score: str, left: Sequence[int]) -> int:
+def _pick(run: Unraced, score: str, left: Sequence[int]) -> int:
     """The best of those left; by `contrast`, of as many of them as its first stage keeps."""
     if score != NAME:
         final = run.scores[score][:, -1]
@@ -191,7 +191,7 @@ def _pick(run: Run, score: str, left: Sequence[int]) -> int:
     return left[select(final[list(left)].tolist(), 1)[0]]
 
 
-def gain(runs: Sequence[Run], candidates: int, rungs: Rungs) -> Interval:
+def gain(runs: Sequence[Unraced], candidates: int, rungs: Rungs) -> Interval:
     """How much more often the pick of `contrast` is right than a random choice, with so many of the candidates."""
     lots = np.random.default_rng(0)
     rows = []
@@ -199,14 +199,16 @@ def gain(runs: Sequence[Run], candidates: int, rungs: Rungs) -> Interval:
         gained = []
         for _ in range(SUBSETS if candidates < len(run.exact) else 1):
             subset = lots.choice(len(run.exact), candidates, replace=False)
-            part = Run(run.exact[subset], {CONTRAST.online: run.scores[CONTRAST.online][subset]}, run.contrast[subset])
+            part = Unraced(
+                run.exact[subset], {CONTRAST.online: run.scores[CONTRAST.online][subset]}, run.contrast[subset]
+            )
             left, _ = replay(part.scores[CONTRAST.online], rungs)
             gained.append(part.exact[_pick(part, NAME, left)] - run.exact.mean())
         rows.append([np.mean(gained)])
     return bootstrap(np.array(rows), low=-1, high=1, resamples=RESAMPLES)[0]
 
 
-def budgets(studies: Mapping[str, Sequence[Run]]) -> str:
+def budgets(studies: Mapping[str, Sequence[Unraced]]) -> str:
     """What the same number of calls gains with a race and without one, as Markdown."""
     rows = []
     for model, runs in studies.items():

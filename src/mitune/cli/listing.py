@@ -19,7 +19,7 @@ PIPED = 10_000  # columns, so that no line is broken
 
 # Where the table of each kind is; it is imported when it is listed, some with torch.
 TABLES: Mapping[str, str] = {
-    "scores": "mitune.pool.scores:TABLE",
+    "scores": "mitune.pool.scores:POOL_SCORES",
     "metrics": "mitune.evaluation.metrics.table:METRICS",
     "objectives": "mitune.finetuning.objectives.base:OBJECTIVES",
     "methods": "mitune.methods.base:METHODS",

@@ -11,7 +11,7 @@ from mitune.errors import MituneError
 
 # The upper ends are far above any use; beyond them lies a slip of the pen.
 Count = Annotated[int, Range(least=1, most=10_000_000)]
-BatchSize = Annotated[int, Range(least=1, most=65_536)]
+SmallCount = Annotated[int, Range(least=1, most=65_536)]
 Seed = Annotated[int, Range(least=0, most=2**63 - 1)]  # as torch's generators take them
 Share = Annotated[float, Range(least=0, most=1)]
 ProperShare = Annotated[float, Range(above=0, below=1)]
@@ -82,7 +82,7 @@ class PoolConfig:
     candidates: Annotated[int, Range(least=1, most=100_000)] = 50  # M
     keep: Count = 1  # k
     select: tuple[str, ...] = ("contrast",)  # scores or controls; each makes a set of its own
-    batch_size: BatchSize | None = None  # candidates in one call of the denoiser; None: as many as fit
+    batch_size: SmallCount | None = None  # candidates in one call of the denoiser; None: as many as fit
     # Rungs of a race: after this share of the steps, this share of a prompt's candidates stays, by the scores of
     # `select`. "auto": GRADUAL where these all begin with self-confidence, else "off", no race.
     race: RaceSetting = "auto"
@@ -131,8 +131,8 @@ class FinetuneConfig:
     warmup: Annotated[int, Range(least=0, most=10_000_000)] = 0  # iterations of linear warm-up, constant after
     weight_decay: Share = 1e-2
     clip: Annotated[float, Range(above=0, most=1e6)] = 1.0  # the gradient's largest norm
-    batch_size: BatchSize = 400
-    micro_batch_size: BatchSize | None = None  # None: the whole batch at once
+    batch_size: SmallCount = 400
+    micro_batch_size: SmallCount | None = None  # None: the whole batch at once
     iterations: Count = 300
     timesteps: tuple[Share, Share] = (0.5, 1.0)  # share of the noise schedule, 1 is pure noise: U(500, 1000)
     ema: ProperShare | None = None
@@ -156,7 +156,7 @@ class EvalConfig:
     """How base and tuned are compared: the same prompts and the same seeds."""
 
     images: Annotated[int, Range(least=1, most=100_000)] = 4  # a prompt
-    batch_size: BatchSize = 50
+    batch_size: SmallCount = 50
     seed: Seed = 1000
     each_round: bool = False  # also the adapters of the rounds before the last
     guidance_scales: tuple[GuidanceScale, ...] = ()  # a sweep of the base model, beside the run's own scale

@@ -14,7 +14,7 @@ from mitune.denoiser.epsilon import NetworkDenoiser
 from mitune.denoiser.guidance import ROWS, Handed, Sum, sums
 from mitune.denoiser.network import Family
 from mitune.denoiser.path import path_of
-from mitune.denoiser.pipeline import Network, Pipeline
+from mitune.denoiser.pipeline import DenoiserModule, Pipeline
 from mitune.denoiser.recording import Recording, Step
 from mitune.denoiser.terms import ROUNDING
 from mitune.errors import ModelError
@@ -30,7 +30,7 @@ class Checks:
     """The checks of a pipeline with this denoiser, of this family."""
 
     pipe: Pipeline
-    denoiser: Network
+    denoiser: DenoiserModule
     family: Family
 
     def unknown(self, what: str) -> ModelError:

@@ -11,7 +11,7 @@ from torch import Tensor
 from mitune.denoiser.conditioning import Conditioning
 from mitune.denoiser.network import as_tensor, denoiser_of, execution_device, family_of
 from mitune.denoiser.path import NoisePath, path_of
-from mitune.denoiser.pipeline import Network, Pipeline
+from mitune.denoiser.pipeline import DenoiserModule, Pipeline
 from mitune.information import alpha_sigma, epsilon_and_sample
 
 
@@ -41,7 +41,7 @@ class Denoiser(Protocol):
 class NetworkDenoiser:
     """The network of any diffusers pipeline as a `Denoiser`; its hooks of offloading move it when it is called."""
 
-    network: Network
+    network: DenoiserModule
     path: NoisePath
     device: torch.device
 

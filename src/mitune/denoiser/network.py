@@ -13,7 +13,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from mitune.denoiser.pipeline import Network, Pipeline
+from mitune.denoiser.pipeline import DenoiserModule, Pipeline
 from mitune.errors import ModelError
 
 
@@ -61,7 +61,7 @@ _FAMILIES: Mapping[str, Family] = MappingProxyType(
 )  # fmt: skip
 
 
-def denoiser_of(pipe: Pipeline) -> Network:
+def denoiser_of(pipe: Pipeline) -> DenoiserModule:
     """The network that a diffusers pipeline denoises with: `pipe.unet` or `pipe.transformer`.
 
     Raises ModelError if there is neither, or a second one that takes over part of the way.
@@ -74,7 +74,7 @@ def denoiser_of(pipe: Pipeline) -> Network:
     for name in ("unet", "transformer"):
         module = getattr(pipe, name, None)
         if isinstance(module, nn.Module):
-            return cast(Network, module)
+            return cast(DenoiserModule, module)
     raise ModelError(
         f"{type(pipe).__name__} has neither a unet nor a transformer; mitune scores diffusers pipelines that denoise "
         "with one of them."
@@ -121,7 +121,7 @@ def free_denoiser(pipe: Pipeline) -> None:
     pipe.maybe_free_model_hooks()
 
 
-def compile_denoiser(denoiser: Network, device: torch.device) -> None:
+def compile_denoiser(denoiser: DenoiserModule, device: torch.device) -> None:
     """Has torch.compile make fused kernels of the forward pass, at its first call with inputs of a shape; in place.
 
     Hooks stay what they are, as they lie around `forward`. Raises ModelError if nothing can be compiled for `device`.
@@ -137,7 +137,7 @@ def compile_denoiser(denoiser: Network, device: torch.device) -> None:
 
 
 @contextmanager
-def rows_counted(denoiser: Network) -> Iterator[list[int]]:
+def rows_counted(denoiser: DenoiserModule) -> Iterator[list[int]]:
     """Hands out a list that gets the number of rows of each call of the denoiser."""
     rows: list[int] = []
     handle = denoiser.register_forward_hook(lambda _, __, output: rows.append(len(output[0])))
@@ -147,7 +147,7 @@ def rows_counted(denoiser: Network) -> Iterator[list[int]]:
         handle.remove()
 
 
-def family_of(denoiser: Network) -> Family:
+def family_of(denoiser: DenoiserModule) -> Family:
     """The row of the table for this denoiser; that of SD and SD3 if it has none of its own."""
     family = _FAMILIES.get(type(denoiser).__name__, Family())
     if family.timestep_setting is None:

@@ -28,7 +28,7 @@ from mitune.denoiser.latent_map import PROBES, LatentMap, probes
 from mitune.denoiser.network import denoiser_of, execution_device, free_denoiser
 from mitune.denoiser.opening.calls import calling
 from mitune.denoiser.opening.models import Model, prompted
-from mitune.denoiser.pipeline import Autoencoder, Network, Pipeline, Scheduler
+from mitune.denoiser.pipeline import Autoencoder, DenoiserModule, Pipeline, Scheduler
 from mitune.denoiser.quiet import quiet_pipelines
 from mitune.errors import MituneError, ModelError
 from mitune.files.images import as_shown
@@ -234,7 +234,7 @@ def _call_to_end(
             pipe.scheduler = scheduler
 
 
-def _no_network(denoiser: Network) -> Callable[..., Any]:
+def _no_network(denoiser: DenoiserModule) -> Callable[..., Any]:
     """What stands in for the network's forward: zeros, of as many channels, some of which may be a variance."""
     first = next(iter(inspect.signature(denoiser.forward).parameters))
     channels = getattr(denoiser.config, "out_channels", None)

@@ -48,7 +48,7 @@ class OptionalSchedulerMembers(Protocol):
     prk_timesteps: Any  # PNDM's Runge-Kutta steps
 
 
-class Network(Protocol):
+class DenoiserModule(Protocol):
     """The network that a pipeline denoises with, a torch module."""
 
     @property

@@ -13,7 +13,7 @@ from torch import Tensor
 from mitune.denoiser.batches import prediction
 from mitune.denoiser.conditioning import Conditioning, Passes
 from mitune.denoiser.network import Family, as_tensor, family_of
-from mitune.denoiser.pipeline import Network
+from mitune.denoiser.pipeline import DenoiserModule
 from mitune.errors import MituneError
 
 
@@ -53,7 +53,7 @@ class Reader:
     family: Family
 
     @classmethod
-    def of(cls, denoiser: Network) -> Reader:
+    def of(cls, denoiser: DenoiserModule) -> Reader:
         return cls(inspect.signature(denoiser.forward), family_of(denoiser))
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> inspect.BoundArguments:

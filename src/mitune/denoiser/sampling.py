@@ -39,7 +39,7 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Batch:
+class Generated:
     """What one call of the pipeline gave for its B requests."""
 
     latents: Tensor  # (B, C, H, W), in the denoiser's space, on the CPU
@@ -78,7 +78,7 @@ def generate(
     requests: Sequence[Request],
     batch_size: int,
     on_step: Callable[[MIProbe], None] | None = None,
-) -> Batch:
+) -> Generated:
     """Runs the pipeline once, with the probe, and its denoiser in batches of `batch_size`.
 
     on_step is called with the probe after each step, and may have it keep some candidates only.
@@ -101,7 +101,7 @@ def generate(
     rows = [texts[request.prompt] for request in requests]
     finished = latents.float().cpu()
     finished[list(dropped)] = torch.nan
-    return Batch(
+    return Generated(
         latents=finished,
         trace=probe.trace(latents).spread(stayed, len(requests)),
         passes=probe.passes.take(rows).to("cpu"),
@@ -117,7 +117,7 @@ def default_batch_size(device: torch.device) -> int:
 
 def generate_all(
     model: Model, requests: Sequence[Request], batch_size: int, race: Dropping | None = None, scores: Sequence[str] = ()
-) -> Iterator[tuple[Sequence[Request], Batch]]:
+) -> Iterator[tuple[Sequence[Request], Generated]]:
     """Runs of requests with what came of them, in order. Out of memory halves the batch from there on.
 
     With a race, the requests are all candidates of one prompt, then all of another, and so on. The prompts are known

@@ -26,8 +26,9 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from mitune.estimators.gaussian import Array, Canonical, Map, Skeleton, checked_pair, summary_map
+from mitune.estimators.gaussian import Canonical, Map, Skeleton, checked_pair, summary_map
 from mitune.estimators.networks import BatchedMLP, Folds, Training, point_wise, stratified, train
+from mitune.evaluation.statistics import Array
 from mitune.information import (
     TRUNCATION,
     Estimate,

@@ -15,14 +15,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.linalg import orth
 from scipy.special import digamma, ndtr, ndtri
 from scipy.stats import chi, kstest, rankdata
 
 from mitune.errors import MituneError
+from mitune.evaluation.statistics import Array
 
-Array = NDArray[np.float64]
 Map = Callable[[Array], Array]  # (n, d) to (n, d), one-to-one up to ties
 
 

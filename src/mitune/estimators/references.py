@@ -18,7 +18,8 @@ from scipy.special import digamma
 from torch import Tensor, nn
 
 from mitune.errors import MituneError
-from mitune.estimators.gaussian import Array, Map, Skeleton, checked_pair, marginal_map
+from mitune.estimators.gaussian import Map, Skeleton, checked_pair, marginal_map
+from mitune.evaluation.statistics import Array
 from mitune.information import Estimate
 
 

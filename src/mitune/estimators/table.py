@@ -8,7 +8,6 @@ from typing import Protocol, Self
 
 from mitune.errors import MituneError
 from mitune.estimators.fields import PlainField, SkeletonField
-from mitune.estimators.gaussian import Array
 from mitune.estimators.references import (
     CCA,
     KSG,
@@ -20,6 +19,7 @@ from mitune.estimators.references import (
     nguyen_wainwright_jordan,
     smile,
 )
+from mitune.evaluation.statistics import Array
 from mitune.information import Estimate
 
 

@@ -21,9 +21,9 @@ from mitune.evaluation.rows import column_of, flags, numbers, right
 from mitune.evaluation.statistics import RESAMPLES, Array, Interval, bootstrap
 from mitune.evaluation.tables import DASH, interval, table
 
-Metric = Literal["exact", "graded"]
-METRICS: tuple[Metric, ...] = ("exact", "graded")
-TITLES: dict[Metric, str] = {"exact": "exact match", "graded": "graded score"}
+Measure = Literal["exact", "graded"]  # of a judgment
+MEASURES: tuple[Measure, ...] = ("exact", "graded")
+TITLES: dict[Measure, str] = {"exact": "exact match", "graded": "graded score"}
 POOLED = "all"  # the category or split of a figure over all of them
 
 Key = TypeVar("Key", bound=Hashable)
@@ -36,7 +36,7 @@ class Comparison:
     variant: str
     category: str
     split: str
-    metric: Metric
+    metric: Measure
     prompts: int
     images: int  # behind `value`, over all prompts and seeds
     seeds: int  # how often an image of a prompt was made anew, with another seed
@@ -80,8 +80,8 @@ def summarize(rows: pa.Table, baseline: str = "base", *, resamples: int = RESAMP
             f"images.parquet: no image of {baseline!r} to compare with, only of {', '.join(variants) or 'nothing'}. "
             "Evaluate it too, or name another baseline."
         )
-    scored = {metric: _scores(rows, metric) for metric in METRICS}
-    metrics = [metric for metric in METRICS if scored[metric] is not None]
+    scored = {metric: _scores(rows, metric) for metric in MEASURES}
+    metrics = [metric for metric in MEASURES if scored[metric] is not None]
     columns = list(product(variants, metrics))
 
     keys = list(zip(*(column_of(rows, name) for name in ("category", "split", "prompt")), strict=True))
@@ -165,7 +165,7 @@ def _difference(comparison: Comparison) -> str:
     return interval(difference, sign=True) + (f" ({difference.prompts} prompts)" if difference and few else "")
 
 
-def _scores(rows: pa.Table, metric: Metric) -> Array | None:
+def _scores(rows: pa.Table, metric: Measure) -> Array | None:
     """The metric of each image (n,), or None where no image has one."""
     values = numbers(rows, metric)
     missing = int(np.isnan(values).sum())

@@ -18,7 +18,7 @@ from mitune.denoiser.network import adapters_off, compile_denoiser
 from mitune.denoiser.opening.components import Components
 from mitune.denoiser.opening.models import call_arguments
 from mitune.denoiser.path import path_of
-from mitune.denoiser.pipeline import Network
+from mitune.denoiser.pipeline import DenoiserModule
 from mitune.errors import MituneError, first_line
 from mitune.finetuning.adapter import add_adapter, check_rank, load_weights, trainable
 from mitune.finetuning.dataset import TrainingSet
@@ -85,7 +85,7 @@ def open_network(
         add_adapter(module, config)
     if start_from is not None:
         load_weights(start_from, modules)
-    network = cast(Network, modules[components.denoiser_name].to(device))
+    network = cast(DenoiserModule, modules[components.denoiser_name].to(device))
     denoiser = NetworkDenoiser(network, path_of(components.scheduler()), device)
     if text_encoders is not None:
         text_encoders.to(device)

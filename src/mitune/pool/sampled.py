@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mitune.denoiser.conditioning import Passes
 from mitune.denoiser.opening.models import Model
-from mitune.denoiser.sampling import Batch, Dropping, generate_all, requests_of
+from mitune.denoiser.sampling import Dropping, Generated, generate_all, requests_of
 from mitune.information import Trace
 
 
@@ -28,7 +28,7 @@ class Sampled:
     passes: Passes | None = None  # the denoiser's conditioning on the prompt
     batch_size: int = 0  # that the denoiser was called with at last
 
-    def add(self, seed: int, batch: Batch, row: int) -> None:
+    def add(self, seed: int, batch: Generated, row: int) -> None:
         """The image in a row of a batch."""
         self.seeds.append(seed)
         self.rows.append(batch.latents[row])

@@ -174,7 +174,7 @@ class Function(Protocol):
     def __call__(self, candidates: Candidates, /) -> Tensor: ...
 
 
-TABLE: Table[Function] = Table(
+POOL_SCORES: Table[Function] = Table(
     "score",
     Function,
     {name: Row(score.formula, score) for name, score in (*POST_HOC.items(), *((n, _online(n)) for n in SCORES))},
@@ -188,10 +188,10 @@ def score_named(name: str) -> PoolScore:
     """
     if name in METRICS.rows:
         return of_metric(name, METRICS.resolve(name))
-    value = TABLE.find(name)
+    value = POOL_SCORES.find(name)
     if hasattr(value, "higher_is_better"):
         return of_metric(name, METRICS.fitting(name, value))
-    function = TABLE.fitting(name, value)
+    function = POOL_SCORES.fitting(name, value)
     return function if isinstance(function, PoolScore) else PoolScore(name=name, function=function, rivals=KINDS)
 
 

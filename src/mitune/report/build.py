@@ -12,7 +12,7 @@ from typing import Any
 
 import jinja2
 
-from mitune.evaluation.comparison import METRICS, POOLED, failures, summarize
+from mitune.evaluation.comparison import MEASURES, POOLED, failures, summarize
 from mitune.pool.selection import parse_rule
 from mitune.report import plots
 from mitune.report.files import read_config, read_json, read_table, rounds, setting
@@ -20,8 +20,8 @@ from mitune.report.pictures import before_after
 from mitune.report.pools import round_of
 from mitune.report.progress import progress
 from mitune.report.training import COSTS, cost
-from mitune.report.verdict import BASELINE, Context, forest_of, headline_of, levels, metric_table
-from mitune.report.words import percent
+from mitune.report.verdict import BASELINE, forest_of, headline_of, levels, metric_table
+from mitune.report.words import Context, percent
 from mitune.run.store import write_bytes
 
 
@@ -60,7 +60,7 @@ def context(run: Path) -> Context:
         "levels": levels(comparisons, colors, first),
         "colors": colors,
         "tables": [
-            metric_table(comparisons, metric) for metric in METRICS if any(c.metric == metric for c in comparisons)
+            metric_table(comparisons, metric) for metric in MEASURES if any(c.metric == metric for c in comparisons)
         ],
         "forest": forest_of(comparisons, colors),
         "failures": [f for f in failures(images) if f.category == POOLED] if images is not None else [],

@@ -21,12 +21,10 @@ from mitune.report import plots
 from mitune.report.files import pool_of, read_table, setting
 from mitune.report.pictures import extremes
 from mitune.report.training import training
-from mitune.report.words import percent, span
+from mitune.report.words import Context, percent, span
 
 TIES = {name: score.online for name, score in POST_HOC.items() if score.online}  # what decides among equals, by score
 BINS = 10  # ranks of a score are shown in tenths
-
-Context = dict[str, Any]
 
 
 def round_of(folder: Path, config: Mapping[str, Any], rules: Sequence[Rule], colors: Mapping[str, str]) -> Context:

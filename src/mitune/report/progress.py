@@ -7,7 +7,6 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,8 +18,8 @@ from mitune.pool.selection import CONTROLS, Rule
 from mitune.report import plots
 from mitune.report.files import pool_of, read_table
 from mitune.report.verdict import BASELINE
+from mitune.report.words import Context
 
-Context = dict[str, Any]
 Points = Mapping[int, float]  # by the number of rounds of training done
 RIGHT, HELD_OUT = "candidates that are right, %", "held-out images that are right, %"
 SCORE, RESPONSE = "mean score of the candidates", "‖Δε‖ ÷ that of the base"

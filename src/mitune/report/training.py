@@ -12,12 +12,10 @@ import numpy as np
 from mitune.evaluation.statistics import Array
 from mitune.report import plots
 from mitune.report.files import read_json
-from mitune.report.words import duration
+from mitune.report.words import Context, duration
 
 COSTS = ("seconds", "candidates", "denoiser_calls", "unraced_calls")  # of a stage
 CURVES = ("iteration", "loss", "gradient_norm", "seconds")  # of an iteration
-
-Context = dict[str, Any]
 
 
 def training(folder: Path, colors: Mapping[str, str]) -> Context | None:

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-from mitune.evaluation.comparison import METRICS, POOLED, TITLES, Comparison, Metric
+from mitune.evaluation.comparison import MEASURES, POOLED, TITLES, Comparison, Measure
 from mitune.evaluation.statistics import Interval
 from mitune.pool.selection import CONTROLS
 from mitune.report import plots
-from mitune.report.words import percent, points, span
+from mitune.report.words import Context, percent, points, span
 
 BASELINE = "base"
-
-Context = dict[str, Any]
 
 
 def _pooled(comparisons: Sequence[Comparison]) -> dict[str, Comparison]:
     """Each variant's figure over everything, by the strictest metric that there is."""
-    metric = min((c.metric for c in comparisons), key=METRICS.index, default=None)
+    metric = min((c.metric for c in comparisons), key=MEASURES.index, default=None)
     return {c.variant: c for c in comparisons if (c.category, c.split, c.metric) == (POOLED, POOLED, metric)}
 
 
@@ -87,7 +84,7 @@ def _named(names: Sequence[str]) -> list[str]:
     return distinct if len(distinct) == 1 else [*distinct, POOLED]
 
 
-def metric_table(comparisons: Sequence[Comparison], metric: Metric) -> Context:
+def metric_table(comparisons: Sequence[Comparison], metric: Measure) -> Context:
     """One metric's table: a row a category, below it its splits; a cell a variant."""
     cells_of = {(c.category, c.split, c.variant): c for c in comparisons if c.metric == metric}
     variants = list(dict.fromkeys(c.variant for c in cells_of.values()))
@@ -113,7 +110,7 @@ def _cell(comparison: Comparison | None) -> Context | None:
 
 def forest_of(comparisons: Sequence[Comparison], colors: Mapping[str, str]) -> Context | None:
     """Differences by category, with the variants that the colors stand for."""
-    metric = min((c.metric for c in comparisons), key=METRICS.index, default=None)
+    metric = min((c.metric for c in comparisons), key=MEASURES.index, default=None)
     pooled = [c for c in comparisons if c.metric == metric and c.split == POOLED and c.difference]
     rows = [
         (

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from mitune.evaluation.statistics import Interval
 from mitune.evaluation.tables import number
+
+Context = dict[str, Any]  # what the template is given of a part of the page
 
 
 def percent(share: float) -> str:

@@ -24,6 +24,7 @@ from torch import nn
 
 from mitune.config.schema import EvalConfig, FinetuneConfig, ModelConfig, PoolConfig
 from mitune.denoiser.opening.adapter_file import adapter_checksum
+from mitune.denoiser.opening.hub import INDEX
 from mitune.denoiser.opening.models import Model, call_arguments, parts_of
 from mitune.errors import ModelError
 from mitune.resolver import is_location
@@ -38,7 +39,6 @@ INDIFFERENT: Mapping[type[Any], frozenset[str]] = {
 _STUDIES = frozenset({"batch_size"})  # of the benchmarks' own settings
 _PLACES = ("name", "base", "revision", "variant")  # where a model's files are; what is in them counts instead
 _CALL = ("guidance_scale", "steps", "call")  # count as the call's arguments, the model's own defaults included
-_INDEX = "model_index.json"
 _CONFIGURATION = (".json", ".txt", ".model")  # of a part: its settings, or a tokenizer's vocabulary
 _digests: dict[tuple[str, int, int, int, int], str] = {}
 
@@ -78,7 +78,7 @@ def model_parts(config: ModelConfig) -> dict[str, str]:
     """
     folder, index = _folder(config), _index(config)
     present = [name for name, part in index.items() if isinstance(part, list) and part[0] is not None]
-    parts = {"pipeline": digest(folder / _INDEX)}
+    parts = {"pipeline": digest(folder / INDEX)}
     for name in present:
         listed = [f"{file.name} {digest(file)}" for file in _files(folder / name, config.variant)]
         parts[name] = hashlib.sha256("\n".join(listed).encode()).hexdigest()
@@ -104,7 +104,7 @@ def loaded_identity(model: Model) -> dict[str, Any]:
 
 
 def _index(config: ModelConfig) -> dict[str, Any]:
-    loaded: dict[str, Any] = json.loads((_folder(config) / _INDEX).read_text(encoding="utf-8"))
+    loaded: dict[str, Any] = json.loads((_folder(config) / INDEX).read_text(encoding="utf-8"))
     return loaded
 
 
@@ -113,7 +113,7 @@ def _folder(config: ModelConfig) -> Path:
     place = parts_of(config)
     if Path(place).is_dir():
         return Path(place)
-    cached = try_to_load_from_cache(place, _INDEX, revision=config.revision)
+    cached = try_to_load_from_cache(place, INDEX, revision=config.revision)
     if not isinstance(cached, str):
         raise ModelError(f"{place} is neither a folder nor in the hub's cache; check the name, or go online once.")
     return Path(cached).parent

@@ -14,14 +14,11 @@ from itertools import product
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mitune.worlds.shapes.grammar import COLORS
-from mitune.worlds.shapes.poses import COARSE, DRAWINGS, MARGIN, WINDOW, Pose, coarse, object_map, products
+from mitune.worlds.shapes.poses import COARSE, DRAWINGS, MARGIN, WINDOW, Array, Pose, coarse, object_map, products
 from mitune.worlds.shapes.scene import BACKGROUND, CELL, DARK, RGB, STEP, WHITE, Object
 from mitune.worlds.shapes.scene import SIZE as SIDE
-
-Array = NDArray[np.float32]
 
 SHADE = 16.0  # of 255, in each channel, that colors may be off
 _ANY = 255.0  # a shade so far off that the color does not matter

@@ -21,6 +21,7 @@ from PIL import Image
 from mitune.errors import MituneError
 from mitune.worlds.shapes.fitting import fit
 from mitune.worlds.shapes.grammar import parse
+from mitune.worlds.shapes.poses import Array
 from mitune.worlds.shapes.scene import BACKGROUND, CELL, GRID, KINDS, SIZE, STEP, Object, Scene, parts, sprite
 
 COLUMNS = SIZE // STEP
@@ -29,8 +30,6 @@ MALFORMED = 30.0  # root mean square error, of 255, over the worst 16 × 8 strip
 FITTED = 17.0  # the same once its objects are fitted
 HOPELESS = 100.0  # the same beyond which no object is merely a little off
 OBJECT_COST = 4.0**2 * CELL * STEP * 3  # what an object must explain to be there at all
-
-Array = NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
