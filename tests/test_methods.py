@@ -1,6 +1,7 @@
 """Methods: one from a user's own file, and what a run says of the variants that it was given."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -136,6 +137,10 @@ def test_rounds_with_a_ranked_objective_of_a_users_own(here):
         assert len(rows) == 3 and sum(row["advantage"] for row in rows) == pytest.approx(0)
         prompts += {row["prompt"] for row in rows}
     assert sorted(prompts[:2]) == sorted({*prompts})
+    first = here / "run" / "round-1"
+    shutil.rmtree(first / "pool")  # of a round that is over nothing is needed but its adapters
+    status, shown = tune("mi-tune", "-M", 3, "-s", "self-confidence", "--eval-prompts", "two.txt", *told)
+    assert status == 0 and not (first / "pool").exists(), shown
     judged = pq.read_table(here / "run" / "eval" / "images.parquet")["variant"].to_pylist()
     names = ["base", "self-confidence", "self-confidence, round 1", "self-confidence, round 2"]
     assert list(dict.fromkeys(judged)) == names

@@ -124,6 +124,11 @@ def check_trainable(model: ModelConfig, config: FinetuneConfig, pipe: Pipeline) 
         check_rank(components_of(pipe)[name], config.rank)
 
 
+def is_trained(output: Path) -> bool:
+    """Whether a whole adapter of a training that came to its end lies in this folder."""
+    return _finished(output) is not None
+
+
 def _device(model: ModelConfig, config: FinetuneConfig) -> torch.device:
     device = device_of(model)
     if config.precision == "fp16" and device.type == "cpu":

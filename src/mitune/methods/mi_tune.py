@@ -22,7 +22,7 @@ from mitune.evaluation.metrics.base import ImageMetric
 from mitune.evaluation.metrics.table import metric_for
 from mitune.evaluation.variant import Variant
 from mitune.finetuning.objectives.base import OBJECTIVES, check_set, pool_settings
-from mitune.finetuning.run import check_trainable, finetune
+from mitune.finetuning.run import check_trainable, finetune, is_trained
 from mitune.pool.build import build_pool
 from mitune.pool.scores import own_negatives, scores_of, want_negatives
 from mitune.pool.selection import parse_rule
@@ -61,6 +61,10 @@ class MITune:
         earlier: list[Variant] = []
         for number in range(1, config.rounds + 1):
             earlier += [Variant(name=f"{slug}, round {number - 1}", adapter=path) for slug, path in adapters.items()]
+            trained = _adapters(config, run, number)
+            if number < config.rounds and all(map(is_trained, trained.values())):
+                adapters = trained  # a run that goes on need not open its models again
+                continue
             chosen = prompts_of_round(texts, config.round_prompts or len(texts), number, config.pool.seed)
             adapters = _round(_of_round(config, number), run, number, adapters, chosen, metric)
         last = [Variant(name=slug, adapter=folder) for slug, folder in adapters.items()]
@@ -69,6 +73,12 @@ class MITune:
 
 def _metric(config: Config, prompts: Sequence[str]) -> ImageMetric | None:
     return metric_for(config.metric, source=config.prompts, model=config.model.name, prompts=prompts)
+
+
+def _adapters(config: Config, run: Run, number: int) -> dict[str, Path]:
+    """Where the adapters of a round go, by selection."""
+    slugs = [parse_rule(text).slug for text in config.pool.select]
+    return {slug: run.folder / f"round-{number}" / "adapters" / slug for slug in slugs}
 
 
 def prompts_of_round(prompts: Sequence[str], count: int, number: int, seed: int) -> list[str]:
