@@ -207,9 +207,14 @@ def test_reference_is_the_prediction_at_the_start(adapter, text, merged, world, 
 @forms
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
 @pytest.mark.parametrize("adapter", ["lora", "dora"])
-def test_reference_leaves_prediction_and_gradients_alone(adapter, autocast, merged, world):
+@pytest.mark.parametrize("later", [False, True], ids=["new adapter", "earlier adapter"])
+def test_reference_leaves_prediction_and_gradients_alone(later, adapter, autocast, merged, world):
     network, batch, _ = opened(world, "sd", config_of(adapter=adapter, text_encoder=True))
     disturb(network)
+    if later:
+        start = {name: parameter.detach().clone() for name, parameter in trainable(network.modules).items()}
+        network = replace(network, start=start)
+        disturb(network)
     parameters = list(trainable(network.modules).values())
 
     def prediction_and_gradients(before, after):

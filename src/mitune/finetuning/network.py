@@ -25,6 +25,7 @@ from mitune.finetuning.dataset import TrainingSet
 from mitune.finetuning.draws import Draw
 from mitune.finetuning.layers import channels_last, merged_layers
 from mitune.finetuning.objectives.base import Batch
+from mitune.run.stopping import signals_held
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -58,13 +59,18 @@ class AdaptedNetwork:
             return
         parameters = trainable(self.modules)
         present = {name: parameter.data for name, parameter in parameters.items()}
-        try:
-            for name, value in self.start.items():
-                parameters[name].data = value
-            yield
-        finally:
-            for name, value in present.items():
-                parameters[name].data = value
+        cached = torch.is_autocast_cache_enabled()
+        with signals_held():  # a checkpoint is of the present weights
+            try:
+                # What autocast has rounded of a weight it takes for the same parameter again, whatever is in it by now.
+                torch.set_autocast_cache_enabled(False)
+                for name, value in self.start.items():
+                    parameters[name].data = value
+                yield
+            finally:
+                for name, value in present.items():
+                    parameters[name].data = value
+                torch.set_autocast_cache_enabled(cached)
 
 
 def open_network(
