@@ -1,4 +1,4 @@
-"""Objectives of a ranked set: what each is least at, by theory, and what images that are equally good change."""
+"""Objectives: what each is least at, by theory, and what images that are equally good change."""
 
 import json
 import math
@@ -11,6 +11,7 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file
 
 from mitune.config.schema import ModelConfig
+from mitune.denoiser.conditioning import Conditioning
 from mitune.denoiser.opening.components import Components
 from mitune.denoiser.opening.models import load_model
 from mitune.denoiser.path import path_of
@@ -21,9 +22,10 @@ from mitune.finetuning.dataset import TrainingSet
 from mitune.finetuning.draws import draw
 from mitune.finetuning.network import fast_layers, open_network
 from mitune.finetuning.objectives.advantage import Advantage
-from mitune.finetuning.objectives.base import OBJECTIVES, Batch, per_image
+from mitune.finetuning.objectives.base import OBJECTIVES, Batch, Rivals, per_image
 from mitune.finetuning.objectives.denoising import Denoising
 from mitune.finetuning.objectives.dpo import BETA, DPO
+from mitune.finetuning.objectives.rival_target import STRENGTH, RivalTarget
 from mitune.finetuning.objectives.weighted import LARGEST, TEMPERATURE, Weighted
 from mitune.finetuning.run import finetune
 from mitune.run.store import write_bytes, write_tensors
@@ -33,6 +35,7 @@ from tests.test_objectives import adapters, batch_of, config_of, disturb, forms,
 from tests.tiny import saved_pipeline
 
 ADVANTAGES = [1.0, 0.5, 0.0, 0.0, -1.0, -0.5]  # of three images of each of two prompts
+RANKED = [name for name in OBJECTIVES.rows if OBJECTIVES.resolve(name).needs == "ranked"]
 LOG_SNR = -0.7
 SCHEDULERS = {
     "epsilon": DDIMScheduler(),
@@ -50,16 +53,17 @@ def scale_of(batch: Batch) -> torch.Tensor:
 
 
 class Toy:
-    """A network whose denoiser ẑ₀ is a parameter, the same at every z and t; and so is the base's."""
+    """A network whose denoiser ẑ₀ is a parameter, the same at every z and t; the base's is one a prompt."""
 
     def __init__(self, denoised, base):
-        self.denoised, self.base = denoised, base
+        self.denoised, self.base = denoised, base if isinstance(base, dict) else {"": base}
 
     def __call__(self, batch):
         return batch.target + scale_of(batch) * (self.denoised - batch.latents)  # as u is what ẑ₀ = z₀ predicts
 
     def reference(self, batch):
-        return (batch.target + scale_of(batch) * (self.base - batch.latents)).detach()
+        base = torch.stack([torch.as_tensor(self.base[prompt]).expand_as(batch.latents[0]) for prompt in batch.prompts])
+        return batch.target + scale_of(batch) * (base - batch.latents)
 
 
 def toy_batch(scheduler, latents, z=None, **changes):
@@ -76,7 +80,7 @@ def toy_batch(scheduler, latents, z=None, **changes):
 def gradient(objective, batch, denoised, base):
     """Of the mean loss with respect to the common denoiser."""
     denoised = torch.as_tensor(denoised).clone().requires_grad_()
-    (value,) = torch.autograd.grad(objective(batch, Toy(denoised, torch.as_tensor(base))).mean(), denoised)
+    (value,) = torch.autograd.grad(objective(batch, Toy(denoised, base)).mean(), denoised)
     return value
 
 
@@ -123,6 +127,32 @@ def test_optimum_of_pairs_with_doubt(flipped, scheduler):
     assert gradient(DPO(), batch, optimum, 0.2).item() == pytest.approx(0, abs=1e-2 * abs(start))
 
 
+def rivals_of(places, prompts):
+    told = Conditioning.from_tensors({"encoder_hidden_states": torch.zeros(len(places), 2, 3)})
+    return Rivals(torch.tensor(places), prompts, told)
+
+
+@schedulers
+def test_optimum_among_rivals(scheduler):
+    """Where z₀ given z is N(m, s²), and the base predicts b_k for p_k: m + γ₊ (b_0 − Σ E[w_k] b_k), with w_k the share
+    of exp(−(α/σ)² (b_k − z₀)²/2) at each node of a quadrature. Without rivals, m."""
+    m, s, base = 0.4, 0.6, {"": 0.3, "one": -0.9, "other": 0.1}
+    nodes, shares = np.polynomial.hermite_e.hermegauss(16)
+    shares /= math.sqrt(2 * math.pi)
+    alpha_over_sigma = math.exp(LOG_SNR / 2)
+    fits = np.exp(-0.5 * (alpha_over_sigma * (np.array([*base.values()])[:, None] - m - s * nodes)) ** 2)
+    expected = (fits / fits.sum(axis=0)) @ shares
+    optimum = m + STRENGTH * (base[""] - expected @ np.array([*base.values()]))
+    assert abs(optimum - m) > 0.05
+    latents = torch.tensor(m + s * nodes, dtype=torch.float32).reshape(-1, 1, 1, 1)
+    batch = toy_batch(scheduler, latents, z=0.8, weights=torch.tensor(16 * shares, dtype=torch.float32))
+    rivals = rivals_of([*range(16), *range(16)], ["one"] * 16 + ["other"] * 16)
+    slope = gradient(RivalTarget(), replace(batch, rivals=rivals), optimum + 1.0, base).item()
+    for held_against, least in ((rivals, optimum), (rivals_of([], []), m), (rivals_of([3], [""]), m)):
+        remaining = gradient(RivalTarget(), replace(batch, rivals=held_against), least, base).item()
+        assert remaining == pytest.approx(0, abs=1e-4 * slope)
+
+
 @pytest.mark.parametrize("name", OBJECTIVES.rows)
 def test_same_gradient_of_the_common_denoiser_whatever_is_predicted(name):
     """But for c², by which the model weighs noise levels; for the logistic loss, where it starts."""
@@ -130,12 +160,14 @@ def test_same_gradient_of_the_common_denoiser_whatever_is_predicted(name):
     generator = torch.Generator().manual_seed(0)
     latents, worse = torch.randn(2, 6, 4, 8, 8, generator=generator)
     changes = {"worse": worse, "advantages": torch.tensor(ADVANTAGES), "weights": torch.tensor([2.0, 1, 0, 1, 1, 1])}
-    base = torch.randn(4, 8, 8, generator=generator)
-    denoised = base if name == "dpo" else base + 0.3 * torch.randn(4, 8, 8, generator=generator)
+    base, *others = torch.randn(4, 4, 8, 8, generator=generator)
+    denoised = base if name == "dpo" else base + 0.3 * others[0]
+    bases = {"": base, "one": base + 0.1 * others[1], "other": base + 0.1 * others[2]}
+    changes["rivals"] = rivals_of([0, 0, 3], ["one", "other", "one"])
     gradients = []
     for scheduler in SCHEDULERS.values():
         batch = toy_batch(scheduler, latents, **changes)
-        gradients.append(gradient(objective, batch, denoised, base) / scale_of(batch)[0].square())
+        gradients.append(gradient(objective, batch, denoised, bases) / scale_of(batch)[0].square())
     for other in gradients[1:]:
         torch.testing.assert_close(other, gradients[0], rtol=1e-3, atol=1e-3 * gradients[0].abs().max().item())
 
@@ -212,7 +244,7 @@ def test_image_without_a_worse_one_counts_log_two_without_gradient(adapter, merg
 @pytest.mark.parametrize(
     ("adapter", "precision"), [("lora", "no"), ("dora", "no"), ("dora", "bf16")], ids=["LoRA", "DoRA", "DoRA, bf16"]
 )
-@pytest.mark.parametrize("objective", [name for name in OBJECTIVES.rows if name != "denoising"])
+@pytest.mark.parametrize("objective", RANKED)
 def test_training_on_a_ranked_set(objective, adapter, precision, world, tmp_path):
     """Changes the adapter; in merged layers, and with bf16 in PEFT's."""
     config = config_of(objective=objective, adapter=adapter, precision=precision, micro_batch_size=2)
@@ -223,7 +255,7 @@ def test_training_on_a_ranked_set(objective, adapter, precision, world, tmp_path
     assert all(0 < loss < 4 for loss in losses) and losses[0] != losses[1]
 
 
-@pytest.mark.parametrize("objective", [name for name in OBJECTIVES.rows if name != "denoising"])
+@pytest.mark.parametrize("objective", RANKED)
 def test_set_without_advantages_is_refused(objective, world, tmp_path):
     model, _ = world["sd"]
     with pytest.raises(MituneError, match=f"{objective} needs a ranked set, with an"):

@@ -41,7 +41,7 @@ from mitune.information import (
 )
 from mitune.information.contrast import normalized_margins
 from mitune.pool.evidence import gather
-from mitune.pool.scores import CONTRAST, own_negatives, score_named
+from mitune.pool.scores import CONTRAST, own_negatives, score_named, want_negatives
 from mitune.prompts.negatives import hard_negatives
 from mitune.prompts.rivals import NEGATIVES, read_whole
 from mitune.run.store import write_figure
@@ -132,7 +132,7 @@ def score_against(
     PoolConfig. Raises MituneError for a bad file, and for a prompt without any hard negative.
     """
     scores = {"contrast": score_named("contrast")}
-    listed = own_negatives(negatives, scores, [prompt], model)
+    listed = own_negatives(negatives, [prompt], model, wanted=want_negatives(scores))
     rivals = read_whole(model, {NEGATIVES: [negative.prompt for negative in hard_negatives(prompt, listed)]})
     if not rivals[NEGATIVES]:
         raise MituneError(

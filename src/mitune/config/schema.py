@@ -92,6 +92,8 @@ class PoolConfig:
     # For objectives that learn from what is wrong as well, a ranked set: so many of a prompt's best and of its worst by
     # the score; all candidates if there are no more. None: all if finetune.objective needs a ranked set, else none.
     ranked: Count | None = None
+    # For objectives that hold an image against rival prompts: the sets have the hard negatives of each prompt.
+    rivals: bool = False
     # Who gives the scores that ask a model again, where an adapter made the candidates: the base without it, whose
     # judgment no round changes, or the present model with it.
     scored_by: Literal["base", "present"] = "base"

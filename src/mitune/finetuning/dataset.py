@@ -17,6 +17,8 @@ from torch import Tensor
 
 from mitune.denoiser.conditioning import Conditioning
 from mitune.errors import MituneError
+from mitune.finetuning.rivals import FILE as RIVALS
+from mitune.finetuning.rivals import RivalPrompts
 from mitune.run.seals import SEAL, faults, read_seal
 from mitune.run.store import DAMAGED
 from mitune.worlds.base import embedded_model
@@ -37,6 +39,7 @@ class TrainingSet:
     weights: Tensor  # (N,) of the images in the loss, with mean one
     advantages: Tensor  # (N,) of the images over others of their prompt, of either sign; ones where none are given
     is_ranked: bool  # whether advantages are given
+    rivals: RivalPrompts | None  # hard negatives of the prompts; None if none are given
     checksum: str
     made_by: Mapping[str, Any] | None  # the model, as `seals` describes it; None if nobody knows
 
@@ -44,7 +47,8 @@ class TrainingSet:
     def read(cls, folder: Path) -> TrainingSet:
         """Reads metadata.jsonl, latents.safetensors and conditioning.safetensors, and holds them against the seal.
 
-        A row of metadata.jsonl may have a `weight` of its image in the loss, and all may have an `advantage`.
+        A row of metadata.jsonl may have a `weight` of its image in the loss, and `rivals` of its prompt, texts whose
+        conditioning is in rivals.safetensors; and all may have an `advantage`.
         Raises MituneError if a file is missing, damaged, or does not fit the others, if a tensor is not finite, or if
         a weight or an advantage is none.
         """
@@ -61,9 +65,9 @@ class TrainingSet:
             )
             latents = load_file(files[1])["latents"].float()
             conditioning = Conditioning.from_tensors(load_file(files[2]))
-            checksum = _checksum(files)
         except (SafetensorError, *DAMAGED) as error:
             raise MituneError(f"{folder} holds a damaged fine-tuning set ({error!r}); {_REMEDY}.") from error
+        rivals = RivalPrompts.read(folder, rows)
         _check_tensors(folder, len(rows), {"latents": latents, **conditioning.rows})
         _check_numbers(files[0], "weight", weights, torch.isfinite(weights) & (weights >= 0), "finite and not negative")
         _check_numbers(files[0], "advantage", advantages, torch.isfinite(advantages), "finite")
@@ -80,7 +84,8 @@ class TrainingSet:
             weights=weights / weights.mean(),
             advantages=advantages,
             is_ranked=ranked > 0,
-            checksum=checksum,
+            rivals=rivals,
+            checksum=_checksum(files if rivals is None else [*files, folder / RIVALS]),
             made_by=made_by,
         )
 

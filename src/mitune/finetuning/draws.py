@@ -23,6 +23,7 @@ class Draw:
     noise: Tensor  # (B, C, H, W) ε
     timesteps: Tensor  # (B,) t, float32
     worse: Tensor  # (B,) rows of the set: an image of the same prompt with less advantage, or the row itself
+    rivals: Tensor  # (B, K) of the rivals that the set has for its prompts; −1 where there are no more
 
     def batch(self, part: Tensor, images: TrainingSet, path: NoisePath, device: torch.device) -> Batch:
         """Those images of the draw that `part` (b,) counts, on the device."""
@@ -42,6 +43,7 @@ class Draw:
             weights=take(images.weights, rows),
             advantages=take(images.advantages, rows),
             worse=take(images.latents, self.worse[part]) if images.is_ranked else latents,
+            rivals=None if images.rivals is None else images.rivals.batch(self.rivals[part], device),
         )
 
 
@@ -62,7 +64,9 @@ def draw(images: TrainingSet, path: NoisePath, shift: float, config: FinetuneCon
         end = max(round(high * path.training_steps), first + 1)
         timesteps = torch.randint(first, end, (config.batch_size,), generator=generator).float()
     noise = torch.randn(config.batch_size, *images.latents.shape[1:], generator=generator)
-    return Draw(rows, noise, timesteps, _worse(images, rows, generator) if images.is_ranked else rows)
+    worse = _worse(images, rows, generator) if images.is_ranked else rows
+    rivals = torch.empty(len(rows), 0) if images.rivals is None else images.rivals.draw(rows, generator)
+    return Draw(rows, noise, timesteps, worse, rivals)
 
 
 def _worse(images: TrainingSet, rows: Tensor, generator: torch.Generator) -> Tensor:

@@ -108,7 +108,8 @@ def check_fit(network: AdaptedNetwork, images: TrainingSet, model: str) -> None:
     """
     denoiser, rows, latents = network.denoiser, torch.zeros(1, dtype=torch.long), images.latents[:1]
     timesteps = torch.full((1,), 0.5 * denoiser.path.training_steps)
-    batch = Draw(rows, torch.zeros_like(latents), timesteps, rows).batch(rows, images, denoiser.path, denoiser.device)
+    only = Draw(rows, torch.zeros_like(latents), timesteps, rows, torch.empty(1, 0))
+    batch = only.batch(rows, images, denoiser.path, denoiser.device)
     misfit = f"The set does not fit the {type(denoiser.network).__name__} of {model}"
     try:
         with torch.no_grad():

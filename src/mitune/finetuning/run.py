@@ -72,7 +72,7 @@ def finetune(
     """
     device, objective = _device(model, config), OBJECTIVES.resolve(config.objective)
     components, images = Components.of(model), TrainingSet.read(dataset)
-    check_set(objective, config.objective, ranked=images.is_ranked)
+    check_set(objective, config.objective, ranked=images.is_ranked, rivals=images.rivals is not None)
     if not Path(parts_of(model)).is_dir() and not (output / "settings.json").exists():
         components.denoiser()  # onto this machine, so that its contents are known
     parts = model_parts(model)

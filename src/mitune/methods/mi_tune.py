@@ -43,7 +43,7 @@ class MITune:
         check_trainable(config.model, config.finetune, base.pipe)
         pool = pool_settings(config)
         objective = OBJECTIVES.resolve(config.finetune.objective)
-        check_set(objective, config.finetune.objective, ranked=pool.ranked is not None)
+        check_set(objective, config.finetune.objective, ranked=pool.ranked is not None, rivals=pool.rivals)
         if config.round_prompts is not None and config.round_prompts > len(prompts):
             raise MituneError(
                 f"round_prompts = {config.round_prompts}, but {config.prompts} has {len(prompts)} prompts; set it to "
@@ -51,7 +51,8 @@ class MITune:
             )
         texts = [listed.text for listed in prompts]
         _metric(config, texts)
-        own_negatives(config.pool.negatives, scores_of(map(parse_rule, config.pool.select), texts), texts, base)
+        wanted = pool.rivals or want_negatives(scores_of(map(parse_rule, pool.select), texts))
+        own_negatives(pool.negatives, texts, base, wanted=wanted)
 
     def prepare(self, config: Config, prompts: Sequence[Listed], run: Run) -> list[Variant]:
         """The adapters of the last round, and with `config.eval.each_round` those of the rounds before."""
@@ -159,8 +160,8 @@ def _pools(config: PoolConfig, adapters: Mapping[str, Path]) -> list[tuple[str, 
 
 
 def _alone(config: PoolConfig, selection: str) -> PoolConfig:
-    """The settings of a pool for one selection, with the user's hard negatives if that needs them."""
-    wanted = want_negatives(scores_of([parse_rule(selection)]))
+    """The settings of a pool for one selection, with the user's hard negatives if that or the objective needs them."""
+    wanted = config.rivals or want_negatives(scores_of([parse_rule(selection)]))
     return replace(config, select=(selection,), negatives=config.negatives if wanted else None)
 
 

@@ -20,7 +20,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from mitune.denoiser.conditioning import Passes, stack_passes
+from mitune.denoiser.conditioning import Conditioning, Passes, stack, stack_passes
 from mitune.denoiser.opening.models import Model, nothing_but_nan
 from mitune.denoiser.pictures import decode
 from mitune.errors import MituneError
@@ -121,9 +121,11 @@ def _sealed(folder: Path, kind: str) -> dict[str, Any]:
 def _write_set(model: Model, records: Iterable[Record], slug: str, target: Path, facts: Mapping[str, Any]) -> None:
     """Writes what one selection keeps in the place of an earlier set; `facts` go into the seal."""
     rows, latents, passes, empty = [], [], [], []
+    rivals: dict[str, Conditioning] = {}
     for table, tensors in records:
         position = {j: at for at, j in enumerate(tensors["candidates"].tolist())}
-        candidates = table.select(["prompt_index", "prompt", "candidate", "seed"]).to_pylist()
+        names = ["prompt_index", "prompt", "candidate", "seed", *({"rivals"} & set(table.column_names))]
+        candidates = table.select(names).to_pylist()
         kept = [row | more for row, more in zip(candidates, _members(table, slug), strict=True) if more is not None]
         if not kept:
             empty.append(candidates[0]["prompt"])
@@ -132,6 +134,8 @@ def _write_set(model: Model, records: Iterable[Record], slug: str, target: Path,
             rows.append({"file_name": name, **row, "selection": slug})
             latents.append(tensors["latents"][position[row["candidate"]]])
             passes.append(_passes(tensors))
+        if kept:
+            rivals |= _rivals(table, tensors)
     if not rows:
         raise MituneError(f"The selection {slug!r} keeps no candidate at all; lower its threshold, or take another.")
     if "score" in rows[0]:
@@ -145,6 +149,8 @@ def _write_set(model: Model, records: Iterable[Record], slug: str, target: Path,
             write_image(folder / row["file_name"], image)
         write_tensors(folder / "latents.safetensors", {"latents": stacked})
         write_tensors(folder / "conditioning.safetensors", stack_passes(passes).to_tensors())
+        if rivals:
+            write_tensors(folder / "rivals.safetensors", stack(list(rivals.values())).to_tensors())
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
         write_bytes(folder / "metadata.jsonl", "".join(lines).encode())
         write_seal(folder, [path.name for path in folder.iterdir()], **facts)
@@ -159,6 +165,16 @@ def _members(table: pa.Table, slug: str) -> list[dict[str, Any] | None]:
     if f"ranked.{slug}" in table.column_names:
         return [None if score is None else {"score": score} for score in table[f"ranked.{slug}"].to_pylist()]
     return [{} if kept else None for kept in table[f"kept.{slug}"].to_pylist()]
+
+
+def _rivals(table: pa.Table, tensors: Mapping[str, Tensor]) -> dict[str, Conditioning]:
+    """The denoiser's conditioning on each rival of a record's prompt; none where the pool stores none."""
+    start = "rivals."
+    encoded = {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}
+    if not encoded:
+        return {}
+    texts, conditioning = table["rivals"][0].as_py(), Conditioning.from_tensors(encoded)
+    return {text: conditioning.take([place]) for place, text in enumerate(texts)}
 
 
 def _passes(tensors: Mapping[str, Tensor]) -> Passes:

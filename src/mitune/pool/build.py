@@ -26,9 +26,10 @@ from mitune.pool.assembly import TABLE, Assembly
 from mitune.pool.batch_size import BatchSize
 from mitune.pool.race import race_of
 from mitune.pool.record import PoolMaker
-from mitune.pool.scores import own_negatives, scores_of
+from mitune.pool.scores import own_negatives, scores_of, want_negatives
 from mitune.pool.selection import ORACLE, parse_rule
 from mitune.prompts.lists import check_prompts
+from mitune.prompts.negatives import hard_negatives
 from mitune.run.executors.base import Executor
 from mitune.run.locks import one_of_many, waiting
 from mitune.run.making import make_records
@@ -70,16 +71,16 @@ def build_pool(
 ) -> PoolResult:
     """Fills `folder` with the pool of `prompts`, and `sets` beside it with a fine-tuning set for each selection.
 
-    The sets are ranked where `config.ranked` says so.
+    The sets are ranked where `config.ranked` says so, and have the prompts' hard negatives where `config.rivals` does.
 
     `shard` = (i, n) makes every n-th prompt alone, from the i-th on, so that n processes can share a folder; whoever
     finds all records present writes the sets, as does each later call where files of a set are missing or damaged.
     `executor` has the records made, by default in order; `store` makes, of their folder, the store that they lie in.
     `identity` is `model_identity` of the model; without it, that of the weights in memory.
     Raises MituneError for an unknown selection, one that a race would starve, a threshold for a ranked set, one
-    without a value at the run's steps, an oracle without a metric, hard negatives that nothing needs, prompts that the
-    model's call would cut, a folder of other settings or of another process, something else in the place of a set, or a
-    model that makes nothing but NaN.
+    without a value at the run's steps, an oracle without a metric, hard negatives that nothing needs, or
+    none where sets are to have them, prompts that the model's call would cut, a folder of other settings or of another
+    process, something else in the place of a set, or a model that makes nothing but NaN.
     """
     prompts = check_prompts(prompts, model)
     check_pictures(model)
@@ -90,7 +91,12 @@ def build_pool(
             "leave the threshold out."
         )
     scores = scores_of(rules, prompts)
-    negatives = own_negatives(config.negatives, scores, prompts, model)
+    negatives = own_negatives(config.negatives, prompts, model, wanted=config.rivals or want_negatives(scores))
+    if config.rivals and not any(hard_negatives(prompt, negatives) for prompt in prompts):
+        raise MituneError(
+            "pool.rivals = true, but none of the prompts has a hard negative; give your own with pool.negatives, or "
+            "set another finetune.objective."
+        )
     if metric is None and any(rule.by == ORACLE for rule in rules):
         raise MituneError(
             "pool.select names 'oracle', but neither model nor prompts come with a judge; leave it out, or name a "

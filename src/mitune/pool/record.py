@@ -1,7 +1,8 @@
 """Prompt i → record: its candidates made, scored, judged and selected. A function of i and the settings alone.
 
 A record's table has a row a candidate: its seed, status, scores, verdict, per-step terms, and which selections keep it.
-Its tensors are the latents of those that are kept, ranked or shown, and the text embeddings of the prompt.
+Its tensors are the latents of those that are kept, ranked or shown, and the text embeddings of the prompt, and of its
+hard negatives if the sets are to have them.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from mitune.config.schema import PoolConfig
 from mitune.denoiser.network import adapters_off, components_of, denoiser_of, rows_counted
 from mitune.denoiser.opening.models import Model
 from mitune.denoiser.pictures import decode
+from mitune.denoiser.replay import condition
 from mitune.denoiser.sampling import candidate_seed
 from mitune.evaluation.metrics.base import ImageMetric, judge, merit
 from mitune.information import SCORES
@@ -29,7 +31,7 @@ from mitune.pool.race import Race
 from mitune.pool.sampled import Sampled, prompts_together, sample
 from mitune.pool.scores import Candidates, PoolScore
 from mitune.pool.selection import ORACLE, Rule, apply, select, values_of
-from mitune.prompts.rivals import read_whole, rivals_of
+from mitune.prompts.rivals import NEGATIVES, Rivals, read_whole, rivals_of
 from mitune.run.records import Record
 from mitune.worlds.base import Negative
 
@@ -115,7 +117,16 @@ class PoolMaker:
         tensors = {"latents": sampled.latents[stored], "candidates": torch.tensor(stored, dtype=torch.int64)}
         if sampled.passes is not None:
             tensors |= {f"conditioning.{name}": tensor for name, tensor in sampled.passes.to_tensors().items()}
+        if self.config.rivals:
+            rivals = list(dict.fromkeys(self._rivals(prompt)[NEGATIVES]))
+            columns["rivals"] = pa.array([rivals] * count, pa.list_(pa.string()))
+            encoded = condition(self.model, rivals).to_tensors() if rivals else {}
+            tensors |= {f"rivals.{name}": tensor for name, tensor in encoded.items()}
         return pa.table({name: pa.array(column) for name, column in columns.items()}), tensors
+
+    def _rivals(self, prompt: str) -> Rivals:
+        rivals = rivals_of(prompt, self.prompts, seed=self.config.seed, negatives=self.negatives)
+        return read_whole(self.model, rivals)
 
     def _values(self, prompt: str, sampled: Sampled) -> tuple[Values, float]:
         """All on-line scores, the others that select, and the further denoiser calls that these took."""
@@ -131,7 +142,7 @@ class PoolMaker:
             candidates = Candidates(
                 model=self.model,
                 prompt=prompt,
-                rivals=read_whole(self.model, rivals_of(prompt, self.prompts, seed=seed, negatives=self.negatives)),
+                rivals=self._rivals(prompt),
                 latents=sampled.latents.nan_to_num(),
                 trace=trace,
                 online=online,

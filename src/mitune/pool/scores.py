@@ -213,15 +213,16 @@ def want_negatives(scores: Mapping[str, PoolScore]) -> bool:
 
 
 def own_negatives(
-    file: str | None, scores: Mapping[str, PoolScore], prompts: Collection[str], model: Model
+    file: str | None, prompts: Collection[str], model: Model, *, wanted: bool
 ) -> dict[str, list[Negative]] | None:
     """The user's own hard negatives, by prompt, from a file or a world (`mine:world`); None without these.
 
-    Raises MituneError for one that cannot be read, that has none for any of the prompts, or that no score needs.
+    wanted: whether anything needs them. Raises MituneError for one that nothing needs, that cannot be read, or that has
+    none for any of the prompts.
     """
     if file is None:
         return None
-    if not want_negatives(scores):
+    if not wanted:
         raise MituneError(
             f"pool.negatives = {file}, but no score of pool.select asks for hard negatives; leave it out, or select by "
             "one that does, e.g. contrast."

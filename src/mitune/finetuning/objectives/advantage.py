@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from torch import Tensor
 
-from mitune.finetuning.objectives.base import Batch, Network, per_image, squared_distance
+from mitune.finetuning.objectives.base import Batch, Needs, Network, per_image, squared_distance
 
 
 class Advantage:
@@ -21,7 +19,7 @@ class Advantage:
     of which the gradient is β² times that of ‖f − y*‖² with A = (2r − 1)/β.
     """
 
-    needs: Literal["kept", "ranked"] = "ranked"
+    needs: Needs = "ranked"
 
     def __call__(self, batch: Batch, network: Network) -> Tensor:
         base = network.reference(batch)

@@ -27,6 +27,15 @@ from mitune.errors import MituneError
 from mitune.resolver import Row, Table
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Rivals:
+    """Prompts that the images of a batch are held against, R in all; an image may have several, or none."""
+
+    images: Tensor  # (R,) the place in the batch of the image that each is a rival for
+    prompts: Sequence[str]  # R texts
+    conditioning: Conditioning  # of the R
+
+
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Batch:
     """B noised images, on the network's device. `dataclasses.replace` makes another with, say, other latents."""
@@ -40,6 +49,7 @@ class Batch:
     weights: Tensor  # (B,) of the images, with mean one over the set
     advantages: Tensor  # (B,) over other images of the prompt, of either sign; one in a set that is not ranked
     worse: Tensor  # (B, C, H, W) latents of an image of the same prompt with less advantage; its own where none has
+    rivals: Rivals | None = None  # some hard negatives of the prompts, where the set has them
 
     @property
     def noisy(self) -> Tensor:
@@ -60,6 +70,9 @@ class Batch:
         return alpha * self.noise - sigma * self.latents
 
 
+Needs = Literal["kept", "ranked", "rivals"]  # of a set
+
+
 class Network(Protocol):
     """The network that is trained. Both predictions are (B, C, H, W), float32, to be held against `batch.target`."""
 
@@ -76,12 +89,13 @@ class Network(Protocol):
 class Objective(Protocol):
     """A loss for each image, (B,): the gradient is that of its mean over the batch.
 
-    needs: "kept" for a set of what a selection keeps; "ranked" for one of all candidates, with their advantages.
+    needs: "kept" for a set of what a selection keeps; "ranked" for one of all candidates, with their advantages;
+    "rivals" for one of what is kept, with the hard negatives of its prompts.
     Losses are about as large as a squared error, for one of ten times what a network that predicts nothing has counts
     as lost.
     """
 
-    needs: Literal["kept", "ranked"]
+    needs: Needs
 
     def __call__(self, batch: Batch, network: Network) -> Tensor: ...
 
@@ -104,6 +118,10 @@ OBJECTIVES: Table[Objective] = Table(
         "dpo": Row(
             "Diffusion-DPO: images preferred to worse ones of their prompt", "mitune.finetuning.objectives.dpo:DPO"
         ),
+        "rival-target": Row(
+            "the model's own loss, with a target that leads away from the hard negatives of the prompt",
+            "mitune.finetuning.objectives.rival_target:RivalTarget",
+        ),
     },
 )
 
@@ -119,21 +137,27 @@ def squared_distance(predicted: Tensor, target: Tensor) -> Tensor:
 
 
 def pool_settings(config: Config) -> PoolConfig:
-    """The pool's settings, with a ranked set of all candidates where `config.finetune.objective` needs a ranked one."""
+    """The pool's settings, with a ranked set of all candidates or the prompts' hard negatives in it, where
+    `config.finetune.objective` needs these."""
     objective = OBJECTIVES.resolve(config.finetune.objective)
     if objective.needs == "ranked" and config.pool.ranked is None:
         return replace(config.pool, ranked=config.pool.candidates)
-    return config.pool
+    return replace(config.pool, rivals=True) if objective.needs == "rivals" else config.pool
 
 
-def check_set(objective: Objective, name: str, *, ranked: bool) -> None:
+def check_set(objective: Objective, name: str, *, ranked: bool, rivals: bool) -> None:
     """Raises MituneError for an objective, called `name`, that has no use for a set of this kind."""
     if objective.needs == "ranked" and not ranked:
         raise MituneError(
             f'finetune.objective = {name} needs a ranked set, with an "advantage" of each image over the others of '
             "its prompt in metadata.jsonl; let `mitune pool` write one (--set pool.ranked=4), or set another objective."
         )
-    if objective.needs == "kept" and ranked:
+    if objective.needs == "rivals" and not rivals:
+        raise MituneError(
+            f"finetune.objective = {name} needs a set with the hard negatives of its prompts; let `mitune pool` write "
+            "one (--set pool.rivals=true), or set another objective."
+        )
+    if objective.needs != "ranked" and ranked:
         raise MituneError(
             f"finetune.objective = {name} would learn from the worst images of a ranked set as from the best; set an "
             "objective that ranks them, such as advantage, or let `mitune pool` write a set of what is kept."

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from torch import Tensor
 
-from mitune.finetuning.objectives.base import Batch, Network, squared_distance
+from mitune.finetuning.objectives.base import Batch, Needs, Network, squared_distance
 
 
 class Denoising:
@@ -15,7 +13,7 @@ class Denoising:
     Source: MI-TUNE, Algorithm 1; the weight w of an image is one unless its set gives it another.
     """
 
-    needs: Literal["kept", "ranked"] = "kept"
+    needs: Needs = "kept"
 
     def __call__(self, batch: Batch, network: Network) -> Tensor:
         return batch.weights * squared_distance(network(batch), batch.target)

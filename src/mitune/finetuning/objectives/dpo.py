@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
 
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from mitune.finetuning.objectives.base import Batch, Network, squared_distance
+from mitune.finetuning.objectives.base import Batch, Needs, Network, squared_distance
 
 BETA = 2000.0  # β: the smaller of 2000 and 5000, the ends of what the paper found best
 
@@ -26,7 +25,7 @@ class DPO:
     Source: Diffusion-DPO, arXiv 2311.12908.
     """
 
-    needs: Literal["kept", "ranked"] = "ranked"
+    needs: Needs = "ranked"
 
     def __call__(self, batch: Batch, network: Network) -> Tensor:
         is_pair = (batch.latents != batch.worse).flatten(1).any(dim=1)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from torch import Tensor
 
-from mitune.finetuning.objectives.base import Batch, Network, squared_distance
+from mitune.finetuning.objectives.base import Batch, Needs, Network, squared_distance
 
 TEMPERATURE = 1.0  # τ, in units of the advantages
 LARGEST = 20.0  # of exp(A/τ), as in AWR: no image is to be all of a batch
@@ -23,7 +21,7 @@ class Weighted:
     takes the reward itself as the weight: that is `denoising` on a set whose `weight` is the reward.
     """
 
-    needs: Literal["kept", "ranked"] = "ranked"
+    needs: Needs = "ranked"
 
     def __call__(self, batch: Batch, network: Network) -> Tensor:
         weights = (batch.advantages / TEMPERATURE).exp().clamp(max=LARGEST)
