@@ -13,6 +13,7 @@ COMMANDS = {
     "knows": f"bench knows {SMALL} -p shapes:heldout/shape --scenes 2 -n 1 -r {{run}} -o {{out}}",
     "check": f"shapes check {SMALL} --category shape --scenes 2 --images 1 --run {{run}} -o {{out}}",
     "select": f"bench select {SMALL} -p shapes:heldout/shape --per-category 2 -M 4 --draws 2 -r {{run}}",
+    "reward": f"bench reward {SMALL} -p shapes:train/shape --per-category 1 -M 4 -r {{run}} -o {{out}}",
     "race": f"bench race {SMALL} --steps 4 -p shapes:heldout/shape --per-category 2 -M 8 -r {{run}} -o {{out}}",
     "truth": f"bench truth {SMALL} --scenes 2 --draws 4 -o {{out}}",
 }

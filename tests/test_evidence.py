@@ -6,7 +6,7 @@ import torch
 from mitune.denoiser.opening.models import Model
 from mitune.denoiser.path import path_of
 from mitune.denoiser.replay import condition
-from mitune.information.contrast import ASKED, LOG_SNR_RANGE
+from mitune.information.contrast import ASKED, CHOSEN, LOG_SNR_RANGE
 from mitune.pool.evidence import gather, told_apart
 from mitune.prompts.rivals import NEGATIVES, NULL, words_left_out
 from tests.tiny import SD3_CALL, tiny_sd, tiny_sd3
@@ -50,6 +50,17 @@ def test_evidence_by_hand(model):
     assert not evidence.distances[:, 0].any()
     alone = gather(model, latents[2:], "a red ball", rivals, draws=3, seed=5, batch_size=1)
     torch.testing.assert_close(evidence.errors[2:], alone.errors, rtol=1e-4, atol=1e-3)
+
+
+def test_each_image_may_see_prompts_of_its_own(model):
+    latents = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    rivals = {NEGATIVES: ["two blue cubes", "a blue ball"], NULL: [""]}
+    places = torch.tensor([[0, 1], [0, 3], [0, 2]])
+    whole = gather(model, latents, "a red ball", rivals, draws=2)
+    part = gather(model, latents, "a red ball", rivals, places=places, draws=2, batch_size=4)
+    assert part.kinds == (ASKED, CHOSEN)
+    torch.testing.assert_close(part.errors, whole.at(places).errors, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(part.distances, whole.at(places).distances, rtol=1e-3, atol=1e-4)
 
 
 def test_told_apart_follows_the_margins(model):

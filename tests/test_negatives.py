@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 
 from mitune.errors import MituneError
-from mitune.prompts.negatives import hard_negatives, load_negatives
+from mitune.prompts.negatives import hard_negatives, load_negatives, wider_negatives
 from mitune.prompts.rewording import IRREGULAR, NUMBERS, OBJECTS, plural, singular
 from mitune.worlds.base import Negative
 from mitune.worlds.shapes.grammar import CATEGORIES, parse
 from mitune.worlds.shapes.negatives import shapes_negatives
+from mitune.worlds.shapes.negatives import wider_negatives as shapes_wider
 from mitune.worlds.shapes.prompts import prompt_list
 from mitune.worlds.shapes.scene import parts, sample_scene
 
@@ -80,6 +81,39 @@ def test_source_of_negatives():
     assert hard_negatives("a red cat", own) == []
     assert hard_negatives("a blue circle", own) == shapes_negatives("a blue circle")
     assert Negative("a green cat and a dog", "color exchanged") in hard_negatives("a red cat and a dog", own)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "kind", "expected"),
+    [
+        (
+            "a red apple and a green bag",
+            "one more",
+            ["two red apples and a green bag", "a red apple and two green bags"],
+        ),
+        ("An orange", "one more", ["Two oranges"]),
+        ("one mouse on a bed", "one more", ["one mouse on two beds"]),  # two mice are a hard negative
+        ("two cats", "one more", []),  # as three cats are
+        ("a cat", "object exchanged", ["a rabbit", "a horse", "a sheep"]),  # a dog is a hard negative
+        ("two sheep", "object exchanged", ["two pigs", "two elephants", "two giraffes"]),
+        ("A cup.", "object added", ["A cup and a plate."]),
+        ("a red cat and a dog", "object added", ["a red cat and a dog and a rabbit"]),
+        ("a cup near a cat", "object added", []),
+        ("a vase", "object added", ["a vase and a mirror"]),
+        ("Love, as seen by the sea.", "object added", []),
+    ],
+)
+def test_widenings(prompt, kind, expected):
+    assert [negative.prompt for negative in wider_negatives(prompt) if negative.kind == kind] == expected
+
+
+def test_source_of_wider_negatives():
+    """Those of the shapes world, or of the words; none beside the user's own, and none that is a hard one."""
+    assert wider_negatives("a red circle") == shapes_wider("a red circle")
+    assert wider_negatives("a red circle", {"a red circle": [Negative("a ring", "own")]}) == []
+    for prompt in ("a red circle", "one red cat and a dog"):
+        hard, wider = ({n.prompt for n in of(prompt)} for of in (hard_negatives, wider_negatives))
+        assert wider and not wider & hard
 
 
 def test_singular_undoes_plural():

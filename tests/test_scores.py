@@ -73,7 +73,7 @@ def test_without_rivals_the_online_score_decides(model):
     assert score_named("fits")(candidates).isnan().all()
 
 
-@pytest.mark.parametrize(("name", "paid"), [("fits", 8), ("contrast", 2)])
+@pytest.mark.parametrize(("name", "paid"), [("fits", 8), ("contrast", 2), ("reward", 8)])
 def test_a_pool_selects_by_its_own_column(model, tmp_path, name, paid):
     config = PoolConfig(candidates=8, keep=1, select=(name,), batch_size=8, race="off")
     rows = pq.read_table(build_pool(model, ["a circle and a square"], tmp_path / "pool", config).table).to_pydict()

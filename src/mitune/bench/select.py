@@ -7,7 +7,7 @@ new one needs no new candidates. `selection_tables` makes tables and figures of 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from mitune.bench.variants import COMBINATIONS, CONTRASTS, FREE, WIDER
+from mitune.bench.variants import COMBINATIONS, CONTRASTS, FREE
 from mitune.config.schema import ModelConfig
 from mitune.denoiser.opening.identity import model_identity, settings_that_matter
 from mitune.denoiser.opening.models import Model, load_model
@@ -28,15 +28,15 @@ from mitune.evaluation.metrics.base import FAILURES, MALFORMED, ImageMetric, jud
 from mitune.information import Trace
 from mitune.information.contrast import ASKED, LOG_SNR_RANGE, Evidence
 from mitune.pool.evidence import DRAWS, gather
-from mitune.prompts.rivals import NEGATIVES, NULL, OTHERS, WORDS, Rivals, rivals_of
+from mitune.prompts.rivals import KINDS, Rivals, rivals_of
 from mitune.run.locks import sole_worker
 from mitune.run.records import Records
 from mitune.run.stages import Step
 from mitune.run.store import claim, write_table
 from mitune.run.stores.folder import Folder
-from mitune.worlds.base import Listed, WorldOfScenes, world_of_prompt
+from mitune.worlds.base import Listed, world_of_prompt
 
-_KINDS = (ASKED, NEGATIVES, WIDER, OTHERS, WORDS, NULL)  # in records by their place
+_KINDS = (ASKED, *KINDS)  # in records by their place
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,13 +67,33 @@ def run_study(
     """Fills `folder` with records for each of the models, given with their guidance scales; returns the table.
 
     The table has one row a candidate: where it is from, the judge's verdict, "score.<name>" and "calls.<name>" (extra
-    denoiser calls a candidate) of every score. Raises MituneError for a prompt that no world judges or that
-    a model's call would cut, and for a folder of other settings or of another process.
+    denoiser calls a candidate) of every score. Raises MituneError as `study_records` does.
+    """
+    tables = [score_table(*record) for record in study_records(models, prompts, folder, config, progress=progress)]
+    target = folder / "candidates.parquet"
+    write_table(target, pa.concat_tables(tables))
+    return target
+
+
+def study_records(
+    models: Sequence[ModelConfig],
+    prompts: Sequence[Listed],
+    folder: Path,
+    config: SelectConfig,
+    *,
+    kinds: Sequence[str] = KINDS,
+    progress: Step | None = None,
+) -> Iterator[tuple[pa.Table, dict[str, Tensor], dict[str, Any]]]:
+    """Each prompt's record for each model, made where `folder` has none, and where it is from.
+
+    Rivals are of these kinds. Raises MituneError for a prompt that no world judges or that a model's call would cut,
+    and for a folder of other settings or of another process.
     """
     texts = [listed.text for listed in prompts]
     metrics = {text: judge_of(text) for text in texts}
-    rivals = {text: all_rivals(text, texts, config.seed) for text in texts}
-    tables, total = [], len(models) * len(prompts)
+    known = {text: rivals_of(text, texts, seed=config.seed) for text in texts}
+    rivals = {text: {kind: known[text][kind] for kind in kinds} for text in texts}
+    total = len(models) * len(prompts)
     with sole_worker(folder):
         for index, settings in enumerate(models):
             model = load_model(settings)
@@ -93,12 +113,9 @@ def run_study(
                 if record is not None:
                     where = {"model": settings.name, "guidance_scale": scale, "calls.making": 2.0 * model.steps}
                     where |= {"prompt_index": number, "category": listed.category, "split": listed.split}
-                    tables.append(score_table(*record, where))
+                    yield *record, where
                 if progress:
                     progress(index * len(prompts) + number + 1, total)
-        target = folder / "candidates.parquet"
-        write_table(target, pa.concat_tables(tables))
-    return target
 
 
 def judge_of(prompt: str) -> ImageMetric:
@@ -107,14 +124,6 @@ def judge_of(prompt: str) -> ImageMetric:
     if world is None:
         raise MituneError(f"{prompt!r} is a prompt of no known world, so nothing judges it; study shapes:heldout.")
     return world.metric
-
-
-def all_rivals(prompt: str, prompts: Sequence[str], seed: int) -> dict[str, list[str]]:
-    """Rivals of a prompt, also those that ask for more or for something else; in the order of the records."""
-    world = world_of_prompt(prompt)
-    wider: list[str] = [n.prompt for n in world.wider_negatives(prompt)] if isinstance(world, WorldOfScenes) else []
-    rivals = rivals_of(prompt, prompts, seed=seed) | {WIDER: wider}
-    return {kind: rivals[kind] for kind in _KINDS if kind in rivals}
 
 
 def _record(

@@ -32,9 +32,8 @@ from mitune.information.contrast import (
 )
 from mitune.pool.scores import CONTRAST, SINGLE, TwoStages, best
 from mitune.pool.selection import mean_rank
-from mitune.prompts.rivals import NEGATIVES, NULL, OTHERS, WORDS
+from mitune.prompts.rivals import NEGATIVES, NULL, OTHERS, WIDER, WORDS
 
-WIDER = "wider"  # the kind of rivals that ask for more, or for something else
 _MIDDLE = sum(LOG_SNR_RANGE) / 2
 BANDS: Mapping[str, Band] = MappingProxyType(
     {

@@ -23,6 +23,7 @@ from torch import Tensor
 LOG_SNR_RANGE = (-5.0, 2.0)  # where prompts are told apart: below, all is noise; above, the image tells by itself
 SIGNS = (1, -1)  # of ε: the antithetic pair
 ASKED = "asked"  # the kind of the prompt itself, beside the kinds of its rivals
+CHOSEN = "chosen"  # that of rivals which differ from image to image
 UNLIKELY = 0.1  # the share of a prompt's images that `fits` holds to be badly drawn
 
 
@@ -63,6 +64,16 @@ class Evidence:
             kinds=tuple(self.kinds[i] for i in kept),
             errors=self.errors[:, kept],
             distances=self.distances[:, kept],
+        )
+
+    def at(self, places: Tensor) -> Evidence:
+        """The same of the prompts at `places` (N, K), which differ from image to image, the asked one first."""
+        index = places[:, :, None].expand(-1, -1, len(self.log_snr))
+        return replace(
+            self,
+            kinds=(ASKED, *[CHOSEN] * (places.shape[1] - 1)),
+            errors=self.errors.gather(1, index),
+            distances=self.distances.gather(1, index),
         )
 
 

@@ -12,7 +12,7 @@ from mitune.denoiser.epsilon import Denoiser
 from mitune.denoiser.opening.models import Model
 from mitune.denoiser.replay import condition
 from mitune.information import alpha_sigma
-from mitune.information.contrast import ALL, ASKED, LOG_SNR_RANGE, SIGNS, Band, Evidence
+from mitune.information.contrast import ALL, ASKED, CHOSEN, LOG_SNR_RANGE, SIGNS, Band, Evidence
 from mitune.prompts.rivals import NEGATIVES, Rivals, read_whole
 
 DRAWS = 8  # noise levels
@@ -26,6 +26,7 @@ def gather(
     rivals: Rivals,
     *,
     band: Band = ALL,
+    places: Tensor | None = None,
     draws: int = DRAWS,
     seed: int = 0,
     batch_size: int = 64,
@@ -33,10 +34,15 @@ def gather(
     """Noises latents (N, C, H, W) again and denoises them under the prompt and its rivals, given by kind.
 
     All images and prompts see the same `draws` noises ε, and −ε, one at the middle of each equal part of
-    `LOG_SNR_RANGE`, of which `band` leaves some. Costs `Evidence.calls` an image, in batches of `batch_size`.
+    `LOG_SNR_RANGE`, of which `band` leaves some. `places` (N, K), as `Evidence.at` takes them, says which of the
+    prompts each image sees; all of them by default. Costs `Evidence.calls` an image, in batches of `batch_size`.
     """
     texts = [prompt, *(text for kind in rivals for text in rivals[kind])]
-    kinds = (ASKED, *(kind for kind in rivals for _ in rivals[kind]))
+    kinds: tuple[str, ...] = (ASKED, *(kind for kind in rivals for _ in rivals[kind]))
+    if places is None:
+        places = torch.arange(len(texts)).expand(len(latents), -1)
+    else:
+        kinds = (ASKED, *[CHOSEN] * (places.shape[1] - 1))
     denoiser = model.denoiser
     device = denoiser.device
     conditioning = condition(model, texts, batch_size).to(device)
@@ -46,9 +52,10 @@ def gather(
     kept = band.places(log_snr)
     log_snr, noises, step = log_snr[kept], noises[kept], step * band.stride
     rows = []
-    for images in torch.split(latents, max(1, batch_size // len(texts))):
+    together = max(1, batch_size // places.shape[1])
+    for images, texts_of in zip(torch.split(latents, together), torch.split(places, together), strict=True):
         levels = [
-            _squared_norms(denoiser, images.to(device), conditioning, noise.to(device), level, batch_size)
+            _squared_norms(denoiser, images.to(device), conditioning, texts_of, noise.to(device), level, batch_size)
             for level, noise in zip(log_snr, noises, strict=True)
         ]
         rows.append(torch.stack(levels, dim=-1).cpu())
@@ -59,13 +66,20 @@ def gather(
 
 
 def _squared_norms(
-    denoiser: Denoiser, latents: Tensor, conditioning: Conditioning, noise: Tensor, log_snr: Tensor, batch_size: int
+    denoiser: Denoiser,
+    latents: Tensor,
+    conditioning: Conditioning,
+    places: Tensor,
+    noise: Tensor,
+    log_snr: Tensor,
+    batch_size: int,
 ) -> Tensor:
-    """‖ε̂_p − ε‖² and ‖ε̂_asked − ε̂_p‖² of n images under P prompts, means over ε and −ε, (2, n, P)."""
+    """‖ε̂_p − ε‖² and ‖ε̂_asked − ε̂_p‖² of n images under the prompts at `places` (n, P), means over ε and −ε,
+    (2, n, P)."""
     alpha, sigma = (x.to(latents.device) for x in alpha_sigma(log_snr, is_flow=denoiser.path.is_flow))
-    prompts = len(conditioning)
+    prompts = places.shape[1]
     image = torch.arange(len(latents)).repeat_interleave(prompts)
-    text = torch.arange(prompts).repeat(len(latents))
+    text = places.flatten()
     norms = []
     for sign in SIGNS:
         noisy = (alpha * latents + sigma * sign * noise)[image.to(latents.device)]

@@ -24,8 +24,10 @@ from mitune.errors import MituneError
 from mitune.evaluation.metrics.base import ChoosyMetric, ImageMetric, judge, merit
 from mitune.evaluation.metrics.table import METRICS
 from mitune.information import SCORES, Trace
-from mitune.information.contrast import Band, Contrast, capped_margin, fits
+from mitune.information.contrast import Band, Contrast, Evidence, capped_margin, fits
 from mitune.pool.evidence import gather
+from mitune.pool.reward import RIVALS as REWARD_RIVALS
+from mitune.pool.reward import reward_of
 from mitune.pool.selection import CONTROLS, Rule
 from mitune.prompts.negatives import load_negatives
 from mitune.prompts.rivals import KINDS, NEGATIVES, Rivals
@@ -50,6 +52,22 @@ class Candidates:
     seed: int
     batch_size: int  # of the denoiser
 
+    def evidence(self, rivals: Sequence[str], band: Band, places: Tensor, prompts: Tensor | None = None) -> Evidence:
+        """What the model says of the candidates at `places` (N,) under these kinds of rivals, at log-SNRs of `band`.
+
+        prompts: (N, K) those of the prompts that each is to see, as `gather` takes them; all by default.
+        """
+        return gather(
+            self.model,
+            self.latents[places],
+            self.prompt,
+            {kind: self.rivals[kind] for kind in rivals},
+            band=band,
+            places=prompts,
+            seed=self.seed,
+            batch_size=self.batch_size,
+        )
+
     def contrast(self, contrast: Contrast, places: Tensor | None = None) -> Tensor:
         """(M,), float64, of the candidates at `places` (all of them by default), the others being NaN.
 
@@ -57,16 +75,7 @@ class Candidates:
         """
         places = torch.arange(len(self.latents)) if places is None else places
         values = torch.full((len(self.latents),), math.nan, dtype=torch.float64)
-        evidence = gather(
-            self.model,
-            self.latents[places],
-            self.prompt,
-            {kind: self.rivals[kind] for kind in contrast.rivals},
-            band=contrast.band,
-            seed=self.seed,
-            batch_size=self.batch_size,
-        )
-        values[places] = contrast.of_needed(evidence)
+        values[places] = contrast.of_needed(self.evidence(contrast.rivals, contrast.band, places))
         return values
 
 
@@ -146,6 +155,12 @@ POST_HOC: Mapping[str, PoolScore] = MappingProxyType(
             function=lambda candidates: candidates.contrast(FITS),
             formula=FITS.formula,
             rivals=FITS.rivals,
+        ),
+        "reward": PoolScore(  # for objectives that weigh every candidate: docs/reward.md
+            name="reward",
+            function=reward_of,
+            formula="P(made by the prompt, and by none of its rivals), with self-confidence",
+            rivals=REWARD_RIVALS,
         ),
     }
 )

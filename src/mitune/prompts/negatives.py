@@ -2,13 +2,13 @@
 
 They come from the user's own file, from the world that a prompt belongs to, or are made by rules on its words alone
 (`mitune.prompts.rewording`): attributes swapped between objects, the relation turned, another count, an object dropped
-or exchanged, an attribute exchanged.
+or exchanged, an attribute exchanged. Wider ones say what a picture with too much in it, or with another object, shows.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,8 @@ from mitune.denoiser.opening.models import Model
 from mitune.denoiser.reading import cut_texts
 from mitune.errors import MituneError
 from mitune.files.texts import read_lines
-from mitune.prompts.rewording import rewordings
-from mitune.worlds.base import Negative, worlds
+from mitune.prompts.rewording import rewordings, widenings
+from mitune.worlds.base import Negative, WorldOfScenes, worlds
 
 OWN = "own"  # the kind of those from the user's file
 
@@ -34,7 +34,26 @@ def hard_negatives(prompt: str, listed: Mapping[str, Sequence[Negative]] | None 
         negatives = world.negatives(prompt)
         if negatives is not None:
             return negatives
-    kinds = {text: kind for kind, text in reversed(list(rewordings(prompt)))}
+    return _made(prompt, rewordings(prompt))
+
+
+def wider_negatives(prompt: str, listed: Mapping[str, Sequence[Negative]] | None = None) -> list[Negative]:
+    """Prompts that ask for more than this one, or for other objects, and are no hard negatives of it; may be none.
+
+    They come of where the hard negatives do; but the user's own in `listed` are all that there are.
+    """
+    if listed is not None and prompt in listed:
+        return []
+    for world in worlds():
+        if world.negatives(prompt) is not None:
+            return world.wider_negatives(prompt) if isinstance(world, WorldOfScenes) else []
+    hard = {negative.prompt for negative in hard_negatives(prompt)}
+    return [negative for negative in _made(prompt, widenings(prompt)) if negative.prompt not in hard]
+
+
+def _made(prompt: str, texts: Iterable[tuple[str, str]]) -> list[Negative]:
+    """Those texts, given with their kinds, that are not the prompt itself; each once, of the first kind."""
+    kinds = {text: kind for kind, text in reversed(list(texts))}
     return [Negative(text, kind) for text, kind in reversed(kinds.items()) if text != prompt]
 
 

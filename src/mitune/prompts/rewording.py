@@ -59,6 +59,7 @@ _ARTICLES = ("a", "an", "the")
 _NO_NOUN = {*_ARTICLES, "and", "or", "but", "of", "in", "on", "at", "to", "by", "with", "from", "is", "are", "was"}
 _RELATION = re.compile(r"\b(" + "|".join(sorted((*TURNED, *BESIDE), key=len, reverse=True)) + r")\b")
 _LONGEST_OBJECT = 5  # words of an object that can be left out
+_EXCHANGES = 4  # objects that one is exchanged for, the first of them in `rewordings`
 
 
 def rewordings(text: str) -> Iterator[tuple[str, str]]:
@@ -68,6 +69,25 @@ def rewordings(text: str) -> Iterator[tuple[str, str]]:
     yield from _numbers(text)
     yield from _left_out(text)
     yield from _objects(text)
+
+
+def widenings(text: str) -> Iterator[tuple[str, str]]:
+    """Kind and text of prompts that ask for one more of an object, for further other objects in place of one, or for
+    one beside all that is there; repeats are possible."""
+    words = _Words(text)
+    singulars = [singular(word) for word in words.lower]
+    places = [i for i, noun in enumerate(singulars) if noun in _KIN]
+    for i in places:
+        start = next(j for j in range(i - 1, -2, -1) if j < 0 or words.lower[j] not in _FAMILY)
+        if start >= 0 and words.lower[start] in ("a", "an", "one"):
+            # The number last: a noun that follows its article at once sets that right for itself.
+            yield "one more", words.changed({i: plural(singulars[i]), start: NUMBERS[1]})
+        yield from _exchanged(words, i, singulars, slice(1, _EXCHANGES))
+    if places and not _RELATION.search(text):
+        noun = singulars[places[-1]]
+        other = _next(noun, _KIN[noun], singulars)
+        body = text.rstrip(".")
+        yield "object added", f"{body} and a{'n' if other[0] in 'aeiou' else ''} {other}" + text[len(body) :]
 
 
 def plural(noun: str) -> str:
@@ -177,18 +197,29 @@ def _is_object(part: str) -> bool:
 def _objects(text: str) -> Iterator[tuple[str, str]]:
     words = _Words(text)
     singulars = [singular(word) for word in words.lower]
-    for i, (word, noun) in enumerate(zip(words.lower, singulars, strict=True)):
+    for i, noun in enumerate(singulars):
         if noun in _KIN:
-            other = _next(noun, _KIN[noun], singulars)
-            several = word != noun or (i > 0 and words.lower[i - 1] in NUMBERS[1:])  # "two sheep"
-            yield "object exchanged", words.changed({i: plural(other) if several else other})
+            yield from _exchanged(words, i, singulars, slice(1))
+
+
+def _exchanged(words: _Words, i: int, singulars: list[str], which: slice) -> Iterator[tuple[str, str]]:
+    """The object at place i exchanged for `which` of those that may take its place."""
+    noun = singulars[i]
+    several = words.lower[i] != noun or (i > 0 and words.lower[i - 1] in NUMBERS[1:])  # "two sheep"
+    for other in _others(noun, _KIN[noun], singulars)[which]:
+        yield "object exchanged", words.changed({i: plural(other) if several else other})
 
 
 def _next(word: str, known: list[str], taken: list[str]) -> str:
-    """The first after `word` that says something else than it and all that is taken: a fixed choice, spread over the
-    table. Where none is left, the one before it."""
+    return _others(word, known, taken)[0]
+
+
+def _others(word: str, known: list[str], taken: list[str]) -> list[str]:
+    """Those from `word` on, and round to it again, that say something else than it and all that is taken: a fixed
+    order, spread over the table. Where none is left, the one before it."""
     start, meanings = known.index(word), {_meaning(other) for other in (word, *taken)}
-    return next((other for other in (*known[start:], *known) if _meaning(other) not in meanings), known[start - 1])
+    others = [other for other in (*known[start:], *known[:start]) if _meaning(other) not in meanings]
+    return others or [known[start - 1]]
 
 
 def _meaning(word: str) -> str:

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 
 from mitune.denoiser.opening.models import Model
 from mitune.denoiser.reading import cut_texts
-from mitune.prompts.negatives import hard_negatives
+from mitune.prompts.negatives import hard_negatives, wider_negatives
 from mitune.worlds.base import Negative
 
 Rivals = Mapping[str, Sequence[str]]  # texts by kind
 
-KINDS = NEGATIVES, OTHERS, WORDS, NULL = "negatives", "others", "words", "null"
+KINDS = NEGATIVES, WIDER, OTHERS, WORDS, NULL = "negatives", "wider", "others", "words", "null"
 OTHER_PROMPTS = 5  # of the run that are rivals
 _UNSAID = {"a", "an", "the", "and", "or", "of", "in", "on", "to", "at", "by", "with", "from", "is", "are", "its"}
 
@@ -20,7 +20,8 @@ _UNSAID = {"a", "an", "the", "and", "or", "of", "in", "on", "to", "at", "by", "w
 def rivals_of(
     prompt: str, prompts: Sequence[str], *, seed: int = 0, negatives: Mapping[str, Sequence[Negative]] | None = None
 ) -> dict[str, list[str]]:
-    """All rivals of a prompt: its hard negatives, other prompts of the run, itself without a word, and the empty one.
+    """All rivals of a prompt: its hard negatives, those that ask for more or for something else, other prompts of the
+    run, itself without a word, and the empty one.
 
     prompts: of the run, out of which a lot that depends on seed and prompt draws. negatives: the user's own, as
     `load_negatives` reads them.
@@ -29,6 +30,7 @@ def rivals_of(
     lot = random.Random(f"{seed} {prompt}")
     return {
         NEGATIVES: [negative.prompt for negative in hard_negatives(prompt, negatives)],
+        WIDER: [negative.prompt for negative in wider_negatives(prompt, negatives)],
         OTHERS: lot.sample(others, min(OTHER_PROMPTS, len(others))),
         WORDS: words_left_out(prompt),
         NULL: [""],
