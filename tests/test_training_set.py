@@ -106,6 +106,7 @@ def _poison(latents):
         (_row(1, advantage=0.5), "1 of 6 rows have an advantage; give all one, or none"),
         (_row(2, advantage=float("inf")), "the advantage of row 3, inf, must be finite"),
         (lambda folder: [_row(at, weight=0)(folder) for at in range(6)], "every weight is 0"),
+        (lambda folder: [_row(at, advantage=0)(folder) for at in range(6)], "every advantage is 0"),
         (_weight("much"), "damaged fine-tuning set"),
         (_cut("latents.safetensors"), "damaged fine-tuning set"),
         (lambda folder: (folder / "metadata.jsonl").write_text("[]\n" * 6), "damaged fine-tuning set"),

@@ -49,8 +49,8 @@ class TrainingSet:
 
         A row of metadata.jsonl may have a `weight` of its image in the loss, and `rivals` of its prompt, texts whose
         conditioning is in rivals.safetensors; and all may have an `advantage`.
-        Raises MituneError if a file is missing, damaged, or does not fit the others, if a tensor is not finite, or if
-        a weight or an advantage is none.
+        Raises MituneError if a file is missing, damaged, or does not fit the others, if a tensor is not finite, if a
+        weight or an advantage is none, or if all are 0.
         """
         made_by = _sealed_model(folder)
         files = [folder / name for name in ("metadata.jsonl", "latents.safetensors", "conditioning.safetensors")]
@@ -76,6 +76,11 @@ class TrainingSet:
         ranked = sum("advantage" in row for row in rows)
         if 0 < ranked < len(rows):
             raise MituneError(f"{files[0]}: {ranked} of {len(rows)} rows have an advantage; give all one, or none.")
+        if not advantages.any():
+            raise MituneError(
+                f"{files[0]}: every advantage is 0, as no prompt has images with unlike scores, so there is nothing to "
+                "learn; let `mitune pool` rank more candidates, or by another score."
+            )
         return cls(
             prompts=prompts,
             selection=", ".join(sorted({str(row.get("selection", "not recorded")) for row in rows})),
