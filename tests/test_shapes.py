@@ -170,14 +170,14 @@ def test_judge_on_another_renderer():
     """At most 2 % of right pictures refused, and none with one changed part accepted: 1 and 0 of the first 1,000."""
     rng = random.Random(4)
     refused = accepted = 0
-    for _ in range(400):
+    for _ in range(200):
         prompt = sample_prompt(rng)
         drawn = draw(sample_scene(prompt, rng), rng)
         reading = read(drawn)
         right, other = (all(met for _, met in parts(reading.scene, p)) for p in (prompt, changed(prompt, rng)))
         refused += reading.malformed or not right
         accepted += other and not reading.malformed
-    assert refused <= 8
+    assert refused <= 4
     assert accepted == 0
 
 
@@ -201,13 +201,13 @@ def test_half_an_object_and_a_smear_stay_malformed(seed):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_judge_after_the_vae(name):
-    """At least 98 % of 1,000 scenes are still read rightly after encoding and decoding."""
+    """At least 98 % of 400 scenes are still read rightly after encoding and decoding."""
     model = load_model(ModelConfig(name=name, device="cpu"))
     rng = random.Random(2)
-    prompts = [sample_prompt(rng) for _ in range(1000)]
+    prompts = [sample_prompt(rng) for _ in range(400)]
     pictures = list(decode(model, encode_images(model.pipe, [picture(sample_scene(p, rng)) for p in prompts])))
     verdicts = [judge(np.asarray(image), str(p)) for image, p in zip(pictures, prompts, strict=True)]
-    assert sum(v.exact and not v.malformed for v in verdicts) >= 980
+    assert sum(v.exact and not v.malformed for v in verdicts) >= 392
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -227,13 +227,13 @@ def test_embedded_models_are_ordinary_and_small(name):
 @pytest.mark.parametrize("name", MODELS)
 def test_embedded_models_bind_colors(name, tmp_path):
     """Some of the held-out color prompts come out right: far above the 1/2 · P(both objects) of unbound attributes."""
-    models, prompts = [ModelConfig(name=name, device="cpu")], shapes_prompts("heldout/color")
+    models, prompts = [ModelConfig(name=name, device="cpu")], shapes_prompts("heldout/color")[::2]
     (color,) = knowledge(
-        models, prompts, tmp_path, negatives=shapes_negatives, metric=ShapesMetric(), scenes=30, images=1
+        models, prompts, tmp_path, negatives=shapes_negatives, metric=ShapesMetric(), scenes=16, images=1
     )
     assert color.rendered.value >= 0.9
     assert color.shows.value >= 0.5
-    assert color.kinds["color swapped"].trials == 30
+    assert color.kinds["color swapped"].trials == 16
 
 
 @pytest.mark.parametrize("category", CATEGORIES)
