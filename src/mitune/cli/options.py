@@ -81,6 +81,14 @@ Selection = Annotated[
     list[str] | None,
     Option("--select", "-s", help="Score or control that picks, e.g. contrast, mi-tune, random. Repeatable."),
 ]
+ObjectiveName = Annotated[
+    str | None,
+    Option(
+        "--objective",
+        help="What training aims at: a name of `mitune list objectives`, or mine:MyObjective for your own in mine.py. "
+        "Those that rank candidates have the pool keep all of them.",
+    ),
+]
 Negatives = Annotated[
     str | None,
     Option(

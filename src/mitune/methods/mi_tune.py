@@ -17,7 +17,6 @@ import numpy as np
 from mitune.config.schema import Config, PoolConfig
 from mitune.denoiser.opening.identity import model_identity
 from mitune.denoiser.opening.models import Model, load_model
-from mitune.errors import MituneError
 from mitune.evaluation.metrics.base import ImageMetric
 from mitune.evaluation.metrics.table import metric_for
 from mitune.evaluation.variant import Variant
@@ -44,11 +43,6 @@ class MITune:
         pool = pool_settings(config)
         objective = OBJECTIVES.resolve(config.finetune.objective)
         check_set(objective, config.finetune.objective, ranked=pool.ranked is not None, rivals=pool.rivals)
-        if config.round_prompts is not None and config.round_prompts > len(prompts):
-            raise MituneError(
-                f"round_prompts = {config.round_prompts}, but {config.prompts} has {len(prompts)} prompts; set it to "
-                "at most that, or leave it out."
-            )
         texts = [listed.text for listed in prompts]
         _metric(config, texts)
         wanted = pool.rivals or want_negatives(scores_of(map(parse_rule, pool.select), texts))
@@ -83,7 +77,11 @@ def _adapters(config: Config, run: Run, number: int) -> dict[str, Path]:
 
 
 def prompts_of_round(prompts: Sequence[str], count: int, number: int, seed: int) -> list[str]:
-    """The `count` prompts of a round, numbered from 1, in their order: all in turn, shuffled, then shuffled anew."""
+    """The `count` prompts of a round, numbered from 1, in their order: all in turn, shuffled, then shuffled anew.
+
+    All of them if there are no more.
+    """
+    count = min(count, len(prompts))
     turn, place = divmod(number - 1, len(prompts) // count)
     order = np.random.default_rng([seed, turn]).permutation(len(prompts))
     return [prompts[index] for index in sorted(order[place * count : (place + 1) * count])]
