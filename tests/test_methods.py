@@ -119,10 +119,13 @@ def test_objective_that_a_ranked_set_misleads_is_refused_before_anything_is_made
 def test_rounds_with_a_ranked_objective_of_a_users_own(here):
     """Each round takes one prompt, ranks all candidates, and goes on from the adapter of the round before."""
     training = ["objective=mine:Ranks", "rank=4", "batch_size=2", "iterations=1", "learning_rate=0.01"]
-    settings = ["rounds=3", "round_prompts=1", "eval.each_round=true", *(f"finetune.{each}" for each in training)]
+    settings = ["round_prompts=1", "eval.each_round=true", *(f"finetune.{each}" for each in training)]
     told = [part for setting in settings for part in ("--set", setting)]
-    status, shown = tune("mi-tune", "-M", 3, "-s", "self-confidence", "--eval-prompts", "two.txt", *told)
+    command = ["mi-tune", "-M", 3, "-s", "self-confidence", *told]
+    status, shown = tune(*command, "--rounds", 2)
     assert status == 0, shown
+    status, shown = tune(*command, "--rounds", 3, "--eval-prompts", "two.txt")  # one more
+    assert (status, "Round 1" in shown, "Round 3" in shown) == (0, False, True), shown
     prompts = []
     for number in (1, 2, 3):
         lines = (here / "run" / f"round-{number}" / "sets" / "self-confidence" / "metadata.jsonl").read_text()
@@ -132,7 +135,7 @@ def test_rounds_with_a_ranked_objective_of_a_users_own(here):
     assert sorted(prompts[:2]) == sorted({*prompts})
     first = here / "run" / "round-1"
     shutil.rmtree(first / "pool")  # of a round that is over nothing is needed but its adapters
-    status, shown = tune("mi-tune", "-M", 3, "-s", "self-confidence", "--eval-prompts", "two.txt", *told)
+    status, shown = tune(*command, "--rounds", 3, "--eval-prompts", "two.txt")
     assert status == 0 and not (first / "pool").exists(), shown
     judged = pq.read_table(here / "run" / "eval" / "images.parquet")["variant"].to_pylist()
     names = ["base", "self-confidence", "self-confidence, round 1", "self-confidence, round 2"]

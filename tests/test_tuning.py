@@ -82,7 +82,7 @@ def test_goes_on_with_settings_that_no_result_depends_on(tmp_path):
         ({"model": ModelConfig(name="shapes-sd3", device="cpu", steps=2)}, "model.parts.pipeline"),
         ({"pool": PoolConfig(candidates=4, select=("self-confidence",))}, "pool.candidates: 3 there, 4 now"),
         ({"finetune": FinetuneConfig(batch_size=2, iterations=2)}, "finetune.adapter"),
-        ({"rounds": 2}, "rounds: 1 there, 2 now"),
+        ({"round_prompts": 1}, "round_prompts: null there, 1 now"),
     ],
 )
 def test_other_settings_are_refused(tmp_path, changes, sentence):

@@ -50,6 +50,8 @@ class TuneResult:
 def claim_run(run: Path, config: Config, prompts: Sequence[str]) -> None:
     """Ties the run directory to what its variants depend on, and writes the resolved settings into it.
 
+    The number of rounds is none of it, as a round depends on those before alone: there may be more later.
+
     Raises MituneError for a directory of another run.
     """
     sections = {"pool": config.pool, "finetune": config.finetune}
@@ -58,7 +60,6 @@ def claim_run(run: Path, config: Config, prompts: Sequence[str]) -> None:
         "model": model_identity(config.model),
         "prompts": list(prompts),
         "method": config.method,
-        "rounds": config.rounds,
         "round_prompts": config.round_prompts,
     }
     claim(run, identity | settings, "run")
