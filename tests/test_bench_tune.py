@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from mitune.bench.tune import choices_of
 from mitune.bench.tune_tables import gains, markdown
@@ -99,6 +100,9 @@ def test_command_runs_and_goes_on(tmp_path):
     assert shares["self-confidence"] == pytest.approx(np.mean(right[True]))
     assert shares["base"] == pytest.approx(np.mean(right[False] + right[True]))
     written = (tmp_path / "gains.md").read_text(encoding="utf-8")
+    assert "](gains.png)" in written
+    with Image.open(tmp_path / "gains.png") as picture:
+        assert picture.width > 400
     assert "Made by `mitune bench tune --model shapes-sd --select self-confidence --select random" in written
     assert "--guidance-scale 1.2" in written and "--set rounds=2" in written
     assert ["shapes-sd, 2", "self-confidence"] in [row[:2] for row in cells(written)]

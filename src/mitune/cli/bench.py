@@ -233,15 +233,14 @@ def bench_tune(
 
     mitune bench tune -m shapes-sd -s contrast -s mi-tune -s random -s oracle --seeds 3 -o gains.md
 
-    mitune bench tune --preset shapes-study --preset shapes-rounds -s contrast -s oracle --guidance-scale 6
-
-    mitune bench tune --preset shapes-rounds --objective advantage --objective dpo --objective weighted
+    mitune bench tune --preset shapes-rounds --objective advantage --objective dpo --guidance-scale 4
     """
     import pyarrow.parquet as pq
 
     from mitune.bench.pages import page
     from mitune.bench.tune import choices_of, run_study
-    from mitune.bench.tune_tables import markdown, picks
+    from mitune.bench.tune_figure import guidance_figure
+    from mitune.bench.tune_tables import gains, markdown, picks
     from mitune.run.store import write_bytes
 
     choices = choices_of(preset or ["shapes-study"], objective or [])
@@ -252,9 +251,11 @@ def bench_tune(
         }
         for name in model or ["shapes-sd"]
     ]
-    table = run_study(models, run, seeds=seeds, guidance_scales=guidance_scale or (), stages=stage)
-    gains, picked = markdown(pq.read_table(table)), picks(models, run, seeds=seeds)
-    write_bytes(output, page("tune", command=made_by(context), gains=gains, picks=picked).encode())
+    rows = pq.read_table(run_study(models, run, seeds=seeds, guidance_scales=guidance_scale or (), stages=stage))
+    picture = output.with_suffix(".png")
+    write_bytes(picture, guidance_figure(gains(rows)))
+    tables = {"gains": markdown(rows), "picks": picks(models, run, seeds=seeds)}
+    write_bytes(output, page("tune", command=made_by(context), picture=picture.name, **tables).encode())
     say("Tables", output)
 
 
