@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,8 +137,7 @@ class PoolMaker:
         if not others:
             return values, 0.0
         seed = self.config.seed
-        judging = adapters_off if self.config.scored_by == "base" else nullcontext
-        with judging(components_of(self.model.pipe).values()), rows_counted(denoiser_of(self.model.pipe)) as rows:
+        with self._judge(), rows_counted(denoiser_of(self.model.pipe)) as rows:
             candidates = Candidates(
                 model=self.model,
                 prompt=prompt,
@@ -153,6 +152,12 @@ class PoolMaker:
             for name, score in others.items():
                 values[name] = score(candidates).where(finite, torch.nan).tolist()
         return values, sum(rows) / 2  # a call while sampling has two rows
+
+    def _judge(self) -> AbstractContextManager[None]:
+        """The model is the one that gives the scores; an adapter that is part of a pipeline in memory stays."""
+        if self.model.adapter is None or self.config.scored_by == "present":
+            return nullcontext()
+        return adapters_off(components_of(self.model.pipe).values())
 
     def _verdict(
         self, metric: ImageMetric, prompt: str, sampled: Sampled, status: Sequence[str]

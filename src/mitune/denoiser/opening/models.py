@@ -35,6 +35,7 @@ class Model:
     pipe: Pipeline
     call: dict[str, Any]
     name: str
+    adapter: Path | None = None  # that was loaded onto the base
 
     @property
     def denoiser(self) -> NetworkDenoiser:
@@ -148,7 +149,7 @@ def load_model(config: ModelConfig, *, adapter: Path | None = None) -> Model:
         pipe.enable_model_cpu_offload(device=device)
     else:
         pipe.enable_sequential_cpu_offload(device=device)
-    return Model(pipe, call, config.name)
+    return Model(pipe, call, config.name, adapter)
 
 
 def open_pipeline(
