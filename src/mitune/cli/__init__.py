@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from typer import Option
 
-from mitune.cli import bench, bench_reward, images, listing, runs, steps, verdicts
+from mitune.cli import bench, bench_reward, bench_tune, images, listing, runs, steps, verdicts
 from mitune.cli.boundary import Commands
 from mitune.resolver import Table
 from mitune.run.versions import check_versions
@@ -33,6 +33,7 @@ for name, world in zip(WORLDS.rows, worlds(), strict=True):
         app.add_typer(_APPS.resolve(world.commands), name=name)
         bench.app.add_typer(_APPS.resolve(world.benchmarks))
 bench.app.add_typer(bench_reward.app)
+bench.app.add_typer(bench_tune.app)
 app.add_typer(bench.app, name="bench")
 
 

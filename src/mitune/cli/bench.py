@@ -1,4 +1,4 @@
-"""Benchmarks: mi, knows, select, race, tune. A world may add its own."""
+"""Benchmarks: mi, knows, select, race. A world may add its own."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from mitune.cli.options import (
     Negatives,
     PromptField,
     RunFolder,
-    Selection,
     made_by,
     say,
     settings_of,
@@ -205,58 +204,6 @@ def bench_select(
     write_bytes(run / "tau.png", tau_figure(excerpt))
     write_bytes(run / "gap.png", gap_figure(excerpt))
     say("Tables", run / "tables.md")
-
-
-@app.command(name="tune")
-@resumable
-def bench_tune(
-    context: typer.Context,
-    model: Annotated[list[str] | None, Option("--model", "-m", help="An embedded model. Repeatable.")] = None,
-    preset: Annotated[
-        list[str] | None, Option("--preset", help="Way of fine-tuning, shapes-study unless named. Repeatable.")
-    ] = None,
-    objective: Annotated[
-        list[str] | None, Option(help="Objective in place of the preset's; each is a way of its own. Repeatable.")
-    ] = None,
-    select: Selection = None,
-    guidance_scale: Annotated[
-        list[float] | None, Option(help="Further guidance scales to judge base and adapters at. Repeatable.")
-    ] = None,
-    seeds: Annotated[int, Option(min=1, help="Each has its own pool, adapters and images to judge.")] = 1,
-    assignments: Assignments = None,
-    run: RunFolder = Path("runs/bench-tune"),
-    output: Annotated[Path, Option("--output", "-o", help="Markdown.")] = Path("gains.md"),
-) -> None:
-    """What does fine-tuning gain? Presets × objectives × scores, after each round, judged on held-out prompts.
-
-    Examples:
-
-    mitune bench tune -m shapes-sd -s contrast -s mi-tune -s random -s oracle --seeds 3 -o gains.md
-
-    mitune bench tune --preset shapes-rounds --objective advantage --objective dpo --guidance-scale 4
-    """
-    import pyarrow.parquet as pq
-
-    from mitune.bench.pages import page
-    from mitune.bench.tune import choices_of, run_study
-    from mitune.bench.tune_figure import guidance_figure
-    from mitune.bench.tune_tables import gains, markdown, picks
-    from mitune.run.store import write_bytes
-
-    choices = choices_of(preset or ["shapes-study"], objective or [])
-    models = [
-        {
-            way: settings_of(chosen, None, assignments, {"model.name": name, "pool.select": select} | options)
-            for way, (chosen, options) in choices.items()
-        }
-        for name in model or ["shapes-sd"]
-    ]
-    rows = pq.read_table(run_study(models, run, seeds=seeds, guidance_scales=guidance_scale or (), stages=stage))
-    picture = output.with_suffix(".png")
-    write_bytes(picture, guidance_figure(gains(rows)))
-    tables = {"gains": markdown(rows), "picks": picks(models, run, seeds=seeds)}
-    write_bytes(output, page("tune", command=made_by(context), picture=picture.name, **tables).encode())
-    say("Tables", output)
 
 
 @app.command(name="race")
