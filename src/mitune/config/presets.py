@@ -21,13 +21,13 @@ _SHAPES = FinetuneConfig(
 # At the guidance scale that the model without an adapter is right most often at
 _DEMO = Config(
     model=ModelConfig(name="shapes-sd3", guidance_scale=4.0),
-    pool=PoolConfig(candidates=10, select=("reward",), batch_size=96),
+    pool=PoolConfig(candidates=8, select=("reward",), batch_size=96),
     finetune=replace(_SHAPES, objective="advantage", iterations=50),
     eval=EvalConfig(images=2, batch_size=280),
     prompts="shapes:train",
     eval_prompts="shapes:heldout",
     rounds=2,
-    round_prompts=84,
+    round_prompts=64,
 )
 # MI-TUNE, section 4 and Table 8; the same weights as the paper's stabilityai/stable-diffusion-2-1-base, now gone
 _MI_TUNE = Config(
