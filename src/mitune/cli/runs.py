@@ -55,7 +55,7 @@ def demo(
     Candidates are made, scored and selected, the model is fine-tuned on the best, and judged before and after against
     an exact truth. Look at report.html in the run folder.
 
-    Example:  mitune demo --model shapes-sd --run runs/demo-sd
+    Example:  mitune demo --model shapes-sd3 --run runs/demo-sd3
     """
     options = {"model.name": model, "model.device": device, "pool.candidates": candidates}
     _tune(settings_of("demo", None, assignments, options), run)

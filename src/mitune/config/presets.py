@@ -18,16 +18,13 @@ _SHAPES = FinetuneConfig(
     timesteps=(0.5, 1.0),
     ema=0.98,
 )
-# At the guidance scale that the model without an adapter is right most often at
 _DEMO = Config(
-    model=ModelConfig(name="shapes-sd3", guidance_scale=4.0),
-    pool=PoolConfig(candidates=8, select=("reward",), batch_size=96),
-    finetune=replace(_SHAPES, objective="advantage", iterations=50),
+    model=ModelConfig(name="shapes-sd"),
+    pool=PoolConfig(candidates=8, keep=1, select=("contrast",), batch_size=96),
+    finetune=replace(_SHAPES, iterations=150),
     eval=EvalConfig(images=2, batch_size=280),
     prompts="shapes:train",
     eval_prompts="shapes:heldout",
-    rounds=2,
-    round_prompts=64,
 )
 # MI-TUNE, section 4 and Table 8; the same weights as the paper's stabilityai/stable-diffusion-2-1-base, now gone
 _MI_TUNE = Config(
@@ -58,7 +55,6 @@ PRESETS: Mapping[str, Config] = {
     # The experiment of docs/results.md: three scores against both controls, random picks and the judge's
     "shapes-study": replace(
         _DEMO,
-        model=ModelConfig(name="shapes-sd"),
         pool=PoolConfig(
             candidates=50,
             batch_size=100,
@@ -67,8 +63,6 @@ PRESETS: Mapping[str, Config] = {
         ),
         finetune=_SHAPES,
         eval=EvalConfig(images=4, batch_size=100),
-        rounds=1,
-        round_prompts=None,
     ),
     # Rounds with an objective that ranks, for no more denoiser calls than the pool of the study before
     "shapes-rounds": replace(
