@@ -70,8 +70,10 @@ def bench_tune(
         ways = {way: settings_of(base, None, assignments, of_model | aim) for way, (base, aim) in choices.items()}
         models.append(ways)
     rows = pq.read_table(run_study(models, run, seeds=seeds, guidance_scales=guidance_scale or (), stages=stage))
-    picture = output.with_suffix(".png")
-    write_bytes(picture, guidance_figure(gains(rows)))
-    tables = {"gains": markdown(rows), "picks": picks(models, run, seeds=seeds)}
-    write_bytes(output, page("tune", command=made_by(context), picture=picture.name, **tables).encode())
+    picture, figure = output.with_suffix(".png"), ""
+    if guidance_scale:
+        write_bytes(picture, guidance_figure(gains(rows)))
+        figure = f"![Exact accuracy against the guidance scale at use]({picture.name})\n\n"
+    tables = {"figure": figure, "gains": markdown(rows), "picks": picks(models, run, seeds=seeds)}
+    write_bytes(output, page("tune", command=made_by(context), **tables).encode())
     say("Tables", output)
