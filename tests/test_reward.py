@@ -165,4 +165,4 @@ def test_the_page_has_each_variant_and_category():
 
 def test_each_model_has_a_guidance_scale_of_its_own(capsys):
     app(["bench", "reward", "-m", "shapes-sd", "-m", "shapes-sd3", "--guidance-scale", "6"], standalone_mode=False)
-    assert "--guidance-scale is given 1 times for 2 models" in capsys.readouterr().err
+    assert "--guidance-scale is given 1 times, for 2 of --model" in capsys.readouterr().err

@@ -151,9 +151,9 @@ def _with_seed(config: Config, seed: int) -> Config:
     """The settings with other candidates, another adapter and other images to judge."""
     return replace(
         config,
-        pool=replace(config.pool, seed=config.pool.seed + 1000 * seed),
-        finetune=replace(config.finetune, seed=config.finetune.seed + 1000 * seed),
-        eval=replace(config.eval, seed=config.eval.seed + 1000 * seed),
+        pool=replace(config.pool, seed=config.pool.seed + seed),
+        finetune=replace(config.finetune, seed=config.finetune.seed + seed),
+        eval=replace(config.eval, seed=config.eval.seed + seed),
     )
 
 

@@ -46,6 +46,15 @@ def models_of(
     ]
 
 
+def one_each(option: str, scales: list[float] | None, names: Sequence[str]) -> Sequence[float | None]:
+    """The guidance scale of each model in turn, None where none is given. Raises MituneError for another number."""
+    if scales and len(scales) != len(names):
+        raise MituneError(
+            f"{option} is given {len(scales)} times, for {len(names)} of --model; give it for each, or not."
+        )
+    return scales or [None] * len(names)
+
+
 @app.command(name="mi")
 @resumable
 def bench_mi(

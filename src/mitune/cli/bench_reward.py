@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from typer import Option
 
-from mitune.cli.bench import models_of
+from mitune.cli.bench import models_of, one_each
 from mitune.cli.boundary import Commands, resumable
 from mitune.cli.options import Assignments, Device, RunFolder, made_by, say, stage
-from mitune.errors import MituneError
 
 app = typer.Typer(cls=Commands)
 
@@ -46,11 +44,7 @@ def bench_reward(
     from mitune.run.store import write_bytes
 
     names = model or ["shapes-sd"]
-    scales: Sequence[float | None] = guidance_scale or [None] * len(names)
-    if len(scales) != len(names):
-        raise MituneError(
-            f"--guidance-scale is given {len(scales)} times for {len(names)} models; give it once for each, or not."
-        )
+    scales = one_each("--guidance-scale", guidance_scale, names)
     models = [models_of([name], [scale], device, assignments)[0] for name, scale in zip(names, scales, strict=True)]
     config = SelectConfig(candidates=candidates, seed=seed)
     listed = some_of_each(load_prompts(prompts), per_category)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from typer import Option
 
+from mitune.cli.bench import one_each
 from mitune.cli.boundary import Commands, resumable
 from mitune.cli.options import Assignments, RunFolder, Selection, made_by, say, settings_of, stage
-from mitune.errors import MituneError
 
 app = typer.Typer(cls=Commands)
 
@@ -58,14 +57,9 @@ def bench_tune(
     from mitune.run.store import write_bytes
 
     names = model or ["shapes-sd"]
-    scales: Sequence[float | None] = made_at or [None] * len(names)
-    if len(scales) != len(names):
-        raise MituneError(
-            f"--made-at is given {len(scales)} times for {len(names)} models; give it once for each, or not."
-        )
     choices = choices_of(preset or ["shapes-study"], objective or [])
     models = []
-    for name, scale in zip(names, scales, strict=True):
+    for name, scale in zip(names, one_each("--made-at", made_at, names), strict=True):
         of_model = {"model.name": name, "model.guidance_scale": scale, "pool.select": select}
         ways = {way: settings_of(base, None, assignments, of_model | aim) for way, (base, aim) in choices.items()}
         models.append(ways)
